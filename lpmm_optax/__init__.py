@@ -1,0 +1,42 @@
+"""Training with Optax in a sixth of the model memory: low-precision parameters, optimizer state and accumulators."""
+
+import importlib.util as _importlib_util
+
+from lpmm_optax._array import QuantizedArray
+from lpmm_optax._array import dequantize
+from lpmm_optax._array import is_quantized
+from lpmm_optax._array import quantize
+from lpmm_optax._format import BFLOAT16
+from lpmm_optax._format import INT4
+from lpmm_optax._format import INT8
+from lpmm_optax._format import INT16
+from lpmm_optax._format import UINT8_SQRT
+from lpmm_optax._format import Format
+from lpmm_optax._sgdm import sgdm
+from lpmm_optax._step import chain
+from lpmm_optax._step import step
+from lpmm_optax._transform import InPlaceTransformation
+from lpmm_optax._transform import LowPrecisionState
+
+if _importlib_util.find_spec('flax') is not None:
+  from lpmm_optax import _flax as _flax
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'BFLOAT16',
+    'INT16',
+    'INT4',
+    'INT8',
+    'UINT8_SQRT',
+    'Format',
+    'InPlaceTransformation',
+    'LowPrecisionState',
+    'QuantizedArray',
+    'chain',
+    'dequantize',
+    'is_quantized',
+    'quantize',
+    'sgdm',
+    'step',
+]

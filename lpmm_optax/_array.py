@@ -1,0 +1,265 @@
+"""`QuantizedArray`, the pytree node that holds codes and scales, and `quantize` / `dequantize`."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lpmm_optax import _codec
+from lpmm_optax import _format
+from lpmm_optax import _random
+from lpmm_optax._format import Format
+
+Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedArray:
+  """An array stored as integer codes and block scales.
+
+  For a linear grid `dequantize(x)[..., i] == codes[..., i] * scale[..., i // block]`, where the scale's bfloat16 value
+  is kept as its bit pattern. Axis and block size follow from the two shapes. The children are plain integer arrays, so
+  `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the codes' range.
+
+  Attributes:
+    codes: integers of the array's own shape.
+    scales: uint16, of the array's rank, one per block; None for a format without scales.
+    format: how the codes are to be read (static).
+    dtype: the floating-point dtype that `dequantize` returns by default (static).
+  """
+
+  codes: jax.Array
+  scales: jax.Array | None
+  format: Format = dataclasses.field(metadata={'static': True})
+  dtype: Any = dataclasses.field(metadata={'static': True})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.codes.shape
+
+  @property
+  def ndim(self) -> int:
+    return len(self.codes.shape)
+
+  @property
+  def size(self) -> int:
+    return self.codes.size
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes of codes and scales, counted from bit widths (an int4 array's own `nbytes` counts a byte per element)."""
+    return (self.size * self.format.bits + 7) // 8 + (0 if self.scales is None else 2 * self.scales.size)
+
+  @property
+  def sharding(self) -> jax.sharding.Sharding:
+    return self.codes.sharding
+
+  def __repr__(self) -> str:
+    return f'QuantizedArray({jnp.dtype(self.dtype).name}{list(self.shape)} as {self.format})'
+
+
+def is_quantized(leaf: Any) -> bool:
+  """Whether a leaf is a `QuantizedArray`.
+
+  >>> import jax.numpy as jnp, lpmm_optax as lpmm
+  >>> lpmm.is_quantized(lpmm.quantize(jnp.ones((64, 64)), lpmm.INT8)), lpmm.is_quantized(jnp.ones(3))
+  (True, False)
+  """
+  return isinstance(leaf, QuantizedArray)
+
+
+def path_str(path: Any) -> str:
+  """A key path as users write it, 'Dense_0/kernel'; '<root>' for a bare leaf."""
+  return jax.tree_util.keystr(path, simple=True, separator='/') or '<root>'
+
+
+def codec_of(leaf: Any, shape: tuple[int, ...], cells: _codec.Cells) -> _codec.Codec:
+  """The codec for tiles of `shape` cut from a leaf (a QuantizedArray or a dense array)."""
+  if not is_quantized(leaf):
+    return _codec.DenseCodec(jnp.dtype(leaf.dtype), cells)
+  if not leaf.format.has_scales:
+    return _codec.BFloat16Codec(leaf.format, cells)
+  axis, size = _format.block_of(leaf.shape, leaf.scales.shape)
+  return _codec.LinearCodec(leaf.format, _codec.Blocks(cells, axis, size))
+
+
+def blocks_of(leaf: Any) -> list[tuple[int, int]]:
+  """The (axis, block size) of a leaf: one pair, or none without scales."""
+  if is_quantized(leaf) and leaf.scales is not None:
+    return [_format.block_of(leaf.shape, leaf.scales.shape)]
+  return []
+
+
+def stored(leaf: Any) -> _codec.Stored:
+  """A leaf's arrays."""
+  return _codec.Stored(leaf.codes, leaf.scales) if is_quantized(leaf) else _codec.Stored(leaf)
+
+
+def with_stored(leaf: Any, arrays: _codec.Stored) -> Any:
+  """The leaf with other arrays."""
+  if is_quantized(leaf):
+    return dataclasses.replace(leaf, codes=arrays.codes, scales=arrays.scales)
+  return arrays.codes
+
+
+def _whole(leaf: Any) -> _codec.Codec:
+  return codec_of(leaf, leaf.shape, _codec.make_cells(leaf.shape, blocks_of(leaf)))
+
+
+def empty(like: Any, format: Format | None) -> Any:
+  """Zeros of the shape of `like`, in `format`, or dense in its compute dtype if None.
+
+  Concrete or traced arrays give zeros placed as `like` is: they are computed from it, since under jit a constant would
+  land on one device. Abstract leaves (ShapeDtypeStruct) give plain zeros.
+  """
+  template = like.codes if is_quantized(like) else like
+  shape = tuple(template.shape)
+
+  def zeros(dtype, step=None):
+    if isinstance(template, jax.Array):
+      source = template if step is None else template[tuple(slice(None, None, s) for s in step)]
+      # Integers, because NaN * 0 is NaN; the comparison keeps XLA from needing the values' meaning.
+      return (source != source).astype(jnp.int8).astype(dtype) * jnp.zeros((), dtype)
+    return jnp.zeros(shape if step is None else tuple(n // s for n, s in zip(shape, step)), dtype)
+
+  dtype = _codec.compute_dtype(like.dtype)
+  if format is None:
+    return zeros(dtype)
+  if not format.has_scales:
+    return QuantizedArray(zeros(format.code_dtype), None, format, dtype)
+  axis, size = _format.choose_block(shape, format.block_size)
+  step = [size if d == axis else 1 for d in range(len(shape))]
+  return QuantizedArray(zeros(format.code_dtype), zeros(jnp.uint16, step), format, dtype)
+
+
+def _choose_format(path: str, leaf: Any, format: Format, where: Where | None) -> Format | None:
+  """The format for one leaf: what `where` says, or the default with its exemptions."""
+  chosen: Any = ...
+  if callable(where):
+    chosen = where(path, leaf)
+  elif where is not None:
+    chosen = next((f for pattern, f in where if re.search(pattern, path)), ...)
+  if chosen is ...:
+    chosen = None if _format.exemption(leaf.shape, leaf.dtype, format) else format
+  elif not (chosen is None or isinstance(chosen, Format)):
+    raise TypeError(f'{path}: where must give a Format or None, got {chosen!r}')
+  if chosen is None:
+    return None
+  if not chosen.signed:
+    raise ValueError(f'{path}: {chosen} stores nonnegative values only, so it cannot hold parameters')
+  if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    raise TypeError(f'{path}: cannot quantize {leaf.dtype}, only floating-point arrays')
+  if leaf.dtype == jnp.float64:
+    raise TypeError(f'{path}: float64 cannot be quantized; cast it to float32 or keep it dense through `where`')
+  if leaf.ndim == 0 or leaf.size == 0:
+    raise ValueError(f'{path}: an array of shape {leaf.shape} cannot be quantized; keep it dense through `where`')
+  return chosen.with_block_size(_format.PARAM_BLOCK_SIZE)
+
+
+def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: Where | None = None) -> Any:
+  """Stores the large floating-point leaves of a tree in a low-precision format.
+
+  Leaves under 4096 elements, one-dimensional ones under 65536, and leaves that are not floating point stay as they are,
+  unless `where` names them. Quantized leaves stay too.
+
+  Args:
+    tree: an array or a pytree of arrays (float32, bfloat16 or float16).
+    format: the Format; an unset block size means 64.
+    key: a `jax.random` key to round stochastically, so that the result is unbiased; None rounds to nearest.
+    where: exceptions, either a list of (regular expression, Format or None) of which the first that matches the leaf's
+      path ('block_0/Conv_0/kernel') decides, or a function of (path, leaf) that gives a Format or None for every leaf.
+
+  Returns:
+    The tree, with a QuantizedArray for every leaf that was stored.
+
+  Raises:
+    TypeError, ValueError: for a leaf that the format chosen for it cannot hold, naming its path.
+
+  >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
+  >>> params = {'kernel': jnp.ones((128, 64)), 'bias': jnp.zeros(64)}
+  >>> jax.tree.map(jnp.shape, lpmm.quantize(params, lpmm.INT8), is_leaf=lpmm.is_quantized)
+  {'bias': (64,), 'kernel': (128, 64)}
+  >>> lpmm.quantize(params, lpmm.INT8)['kernel']
+  QuantizedArray(float32[128, 64] as int8)
+  >>> lpmm.quantize(params, lpmm.INT8, where=[('kernel', None)])['kernel'].dtype
+  dtype('float32')
+  """
+  if not isinstance(format, Format):
+    raise TypeError(f'format must be a Format such as lpmm.INT8, got {format!r}')
+  format = format.with_block_size(_format.PARAM_BLOCK_SIZE)
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
+  paths = [path_str(path) for path, _ in leaves]
+  if key is not None and paths:
+    words = _random.slot_words(_random.raw_key(key), jnp.int32(0), paths, 1)[:, 0]
+
+  def one(i: int, path: str, leaf: Any) -> Any:
+    if is_quantized(leaf) or not hasattr(leaf, 'dtype'):
+      return leaf
+    chosen = _choose_format(path, leaf, format, where)
+    if chosen is None:
+      return leaf
+    target = dataclasses.replace(empty(leaf, chosen), dtype=jnp.dtype(leaf.dtype))
+    codec = _whole(target)
+    bits = None
+    if key is not None and chosen.rounding == 'stochastic':
+      coordinates = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, d) for d in range(leaf.ndim)]
+      low, high = _random.element_index(leaf.shape, coordinates)
+      bits = codec_cells(codec).split(_random.random_bits(words[i], (low, high)))
+    value = codec_cells(codec).split(jnp.asarray(leaf).astype(jnp.float32))
+    rounded, _ = codec.finish(codec.encode(value, bits))
+    return with_stored(target, rounded._replace(codes=codec_cells(codec).merge(rounded.codes)))
+
+  out = [one(i, path, leaf) for i, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True))]
+  return jax.tree.unflatten(treedef, out)
+
+
+def codec_cells(codec: _codec.Codec) -> _codec.Cells:
+  """The cell view in which a codec works."""
+  return codec.blocks.cells if isinstance(codec, _codec.LinearCodec) else codec.cells
+
+
+def dequantize(tree: Any, dtype: Any = None) -> Any:
+  """The dense values of a tree; leaves that are not quantized are passed through.
+
+  Args:
+    tree: an array or a pytree.
+    dtype: a floating-point dtype for every floating-point leaf, dense ones included, as the model computes in one dtype;
+      None keeps each leaf's own (a quantized leaf's is that of the array it was made from).
+
+  Returns:
+    The tree with arrays of the original shapes.
+
+  >>> import jax.numpy as jnp, lpmm_optax as lpmm
+  >>> x = jnp.linspace(-1, 1, 4096).reshape(64, 64)
+  >>> y = lpmm.dequantize(lpmm.quantize(x, lpmm.INT8))
+  >>> bool(jnp.max(jnp.abs(x - y)) <= 0.5 / 126)
+  True
+  >>> lpmm.dequantize(lpmm.quantize(x, lpmm.INT8), jnp.bfloat16).dtype
+  dtype(bfloat16)
+  """
+
+  def one(leaf):
+    if is_quantized(leaf):
+      codec = _whole(leaf)
+      value = codec_cells(codec).merge(codec.decode(stored(leaf)))
+      return value.astype(leaf.dtype if dtype is None else dtype)
+    if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf.astype(dtype)
+    return leaf
+
+  return jax.tree.map(one, tree, is_leaf=is_quantized)
+
+
+def format_of(leaf: Any) -> Format | None:
+  """A leaf's format; None if it is dense."""
+  return leaf.format if is_quantized(leaf) else None
+
+
+def count_bytes(leaf: Any) -> int:
+  """Bytes of a leaf, counted from bit widths."""
+  return leaf.nbytes if is_quantized(leaf) else leaf.size * np.dtype(leaf.dtype).itemsize

@@ -1,0 +1,312 @@
+"""Between dense values and stored codes: blocks, scales, and the one place where values are rounded.
+
+A codec reads and writes one array, in tiles: `decode` gives dense values; `encode` fixes what will be stored; `finish`
+gives the arrays to store and the rounding error that was made. All products below are of a power of two or of a few-bit
+integer with an 8-bit scale, hence exact, or are rounded once on every platform; divisions are done in integers. A codec
+works in *cell view*: each blocked axis of the tile is split into (cells, cell), where a cell is the largest run that no
+block boundary crosses. XLA vectorizes elementwise work with scales in that view, and does not without it.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from lpmm_optax import _format
+
+# Low enough for any gradient; high enough for reciprocal(scale) * 2^24 to be finite.
+_MIN_SCALE = 2.0**-100
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells:
+  """The cell view of a tile.
+
+  Attributes:
+    shape: of the tile.
+    sizes: cell size per axis; 1 where the axis stays whole.
+  """
+
+  shape: tuple[int, ...]
+  sizes: tuple[int, ...]
+
+  def view_shape(self, shape: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+    """`shape` with every axis split by `sizes` where this view splits it."""
+    split = ((n // size, size) if cell > 1 else (n,) for n, size, cell in zip(shape, sizes, self.sizes, strict=True))
+    return tuple(n for axis in split for n in axis)
+
+  def split(self, x: jax.Array) -> jax.Array:
+    """Tile to cell view."""
+    return x.reshape(self.view_shape(self.shape, self.sizes))
+
+  def merge(self, x: jax.Array) -> jax.Array:
+    """Cell view to tile."""
+    return x.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """Blocks of `size` elements along `axis` of a tile, each made of one or more cells."""
+
+  cells: Cells
+  axis: int
+  size: int
+
+  def _with_axis(self, *counts: int) -> tuple[int, ...]:
+    return self.cells.shape[: self.axis] + counts + self.cells.shape[self.axis + 1 :]
+
+  def spread(self, per_block: jax.Array) -> jax.Array:
+    """One value per block to an array that broadcasts against the cell view."""
+    cell = self.cells.sizes[self.axis]
+    n = self.cells.shape[self.axis]
+    repeated = jnp.broadcast_to(
+        jnp.expand_dims(per_block, self.axis + 1), self._with_axis(n // self.size, self.size // cell)
+    )
+    # The tile with its blocked axis counted in cells; there, a cell is one element.
+    per_cell = self._with_axis(n // cell)
+    sizes = tuple(1 if d == self.axis else c for d, c in enumerate(self.cells.sizes))
+    return repeated.reshape(self.cells.view_shape(per_cell, sizes))
+
+  def absmax(self, x: jax.Array) -> jax.Array:
+    """Cell view to the largest magnitude in each block, NaN if any element is NaN."""
+    cell = self.cells.sizes[self.axis]
+    n = self.cells.shape[self.axis]
+    x = jnp.abs(x)
+    if cell > 1:
+      view_axis = self.axis + sum(c > 1 for c in self.cells.sizes[: self.axis]) + 1
+      x = _max_along(x, view_axis)
+    x = x.reshape(self._with_axis(n // self.size, self.size // cell))
+    return jnp.max(x, axis=self.axis + 1)
+
+
+def _max_along(x: jax.Array, axis: int) -> jax.Array:
+  """Maximum along one axis, kept with length 1, by the faster route: a window on CPU, a reduction elsewhere."""
+
+  def window(x):
+    dims = tuple(n if d == axis else 1 for d, n in enumerate(x.shape))
+    return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, dims, dims, 'VALID')
+
+  return lax.platform_dependent(x, cpu=window, default=lambda x: jnp.max(x, axis=axis, keepdims=True))
+
+
+def _bits_of(x: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _float_of(bits: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def from_bfloat16_bits(scale: jax.Array) -> jax.Array:
+  """bfloat16 bit pattern (uint16) to float32."""
+  return _float_of(scale.astype(jnp.uint32) << 16)
+
+
+def to_bfloat16_bits(scale: jax.Array) -> jax.Array:
+  """float32 that is a bfloat16 value to its bit pattern (uint16)."""
+  return (_bits_of(scale) >> 16).astype(jnp.uint16)
+
+
+def fresh_scale(absmax: jax.Array, max_code: int) -> jax.Array:
+  """The smallest bfloat16 s, as float32, with max_code * s >= absmax.
+
+  Zero where absmax is zero, NaN where it is not finite. Nonzero scales are at least 2^-100, and low enough for
+  max_code * s to be finite, where values above are clipped by less than one grid step.
+  """
+  largest = np.float32(np.finfo(np.float32).max) / np.float32(max_code)
+  largest = np.array(largest).view(np.uint32) & np.uint32(0xFFFF0000)
+  # The product is within one ulp of the quotient; four ulps lower it is surely not above it.
+  below = jnp.maximum(_bits_of(absmax * np.float32(1 / max_code)), jnp.uint32(4)) - jnp.uint32(4)
+  scale = (below + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
+  scale = jnp.where(_float_of(scale) * np.float32(max_code) >= absmax, scale, scale + jnp.uint32(0x10000))
+  scale = jnp.clip(scale, np.float32(_MIN_SCALE).view(np.uint32), largest)
+  scale = jnp.where(_bits_of(absmax) == 0, jnp.uint32(0), scale)
+  return jnp.where(jnp.isfinite(absmax), _float_of(scale), np.float32(np.nan))
+
+
+def reciprocal(scale: jax.Array) -> jax.Array:
+  """1 / s, correctly rounded on every platform, for s a normal bfloat16 value; 0 for s = 0, and finite for NaN.
+
+  The significand is an integer M from 128 to 255, so the quotient 2^31 / M, which has 24 bits, is one integer division;
+  XLA's own float division is approximate on GPU.
+  """
+  bits = _bits_of(scale)
+  exponent = (bits >> 23) & jnp.uint32(0xFF)
+  significand = ((bits >> 16) & jnp.uint32(0x7F)) | jnp.uint32(0x80)
+  quotient = (jnp.uint32(2**31) + significand // jnp.uint32(2)) // significand
+  power = _float_of(jnp.clip(jnp.uint32(254) - exponent, 1, 254) << 23)
+  inverse = quotient.astype(jnp.float32) * np.float32(2.0**-24) * power
+  return jnp.where(exponent == 0, np.float32(0), inverse)
+
+
+class Payload(NamedTuple):
+  """What `encode` decided, ready for `finish`: arrays in cell view, scales one per block."""
+
+  word: jax.Array
+  extra: jax.Array | None = None
+
+
+class Stored(NamedTuple):
+  """A tile as it lies in memory: codes (or dense values) and, if the format has them, scales."""
+
+  codes: jax.Array
+  scales: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCodec:
+  """x = code * scale, and for the sqrt grid x = (code * scale)^2."""
+
+  format: _format.Format
+  blocks: Blocks
+
+  @property
+  def squares(self) -> bool:
+    return self.format.grid == 'sqrt'
+
+  def decode(self, stored: Stored) -> jax.Array:
+    """Stored tile to float32 values in cell view; exact, and NaN throughout a poisoned block."""
+    codes = self.blocks.cells.split(stored.codes).astype(jnp.float32)
+    value = codes * self.blocks.spread(from_bfloat16_bits(stored.scales))
+    return value * value if self.squares else value
+
+  def encode(
+      self,
+      value: jax.Array,
+      bits: jax.Array | None,
+      old: Stored | None = None,
+      delta: jax.Array | None = None,
+  ) -> Payload:
+    """Rounds values to the grid.
+
+    With `old` and `delta` (value = decode(old) + delta), a block whose absmax still fits its stored scale keeps that
+    scale, and there the code is an integer base to which only the delta is added and rounded. A zero delta then changes
+    nothing, and a delta far below the precision of a float32 sum is still rounded without bias.
+
+    Args:
+      value: float32, in cell view.
+      bits: uint32 random bits in cell view, or None to round to nearest.
+      old: the tile as stored before.
+      delta: float32, in cell view.
+
+    Returns:
+      A word per element, code * 2^fraction_bits + (rounding error), and the block scales.
+    """
+    max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
+    target = jnp.sqrt(value) if self.squares else value
+    absmax = self.blocks.absmax(target)
+    scale = fresh_scale(absmax, max_code)
+    base = jnp.int32(0)
+    if old is not None:
+      old_scale = from_bfloat16_bits(old.scales)
+      limit = old_scale * np.float32(max_code)
+      # A fresh scale exceeds absmax / max_code by at most 2^-7, and rounding takes the largest code down one at most.
+      kept = (absmax <= limit) & (absmax >= old_scale * np.float32(max_code * 128 // 129))
+      scale = jnp.where(kept, old_scale, scale)
+      near = jnp.abs(delta) <= self.blocks.spread(jnp.where(kept, limit, np.float32(-1)))
+      target = jnp.where(near, delta, value)
+      codes = self.blocks.cells.split(old.codes).astype(jnp.int32)
+      base = jnp.where(near, codes, jnp.int32(0)) << fraction_bits
+    per_unit = reciprocal(scale) * np.float32(2.0**fraction_bits)
+    fixed = lax.round(target * self.blocks.spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
+    top = max_code << fraction_bits
+    fixed = jnp.clip(fixed.astype(jnp.int32) + base, -top if self.format.signed else 0, top)
+    if bits is None:
+      dither = jnp.int32(1 << (fraction_bits - 1))
+    else:
+      dither = (bits >> (32 - fraction_bits)).astype(jnp.int32)
+    code = (fixed + dither) >> fraction_bits
+    if self.squares:
+      # A second moment that rounds to zero divides by epsilon alone.
+      code = jnp.where(value > 0, jnp.maximum(code, 1), code)
+    code = code << fraction_bits
+    error = ((fixed - code) >> 1) & jnp.int32((1 << fraction_bits) - 1)
+    return Payload(code | error, to_bfloat16_bits(scale))
+
+  def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
+    """What to store, codes in cell view, and the error (wanted - stored) of the linear grid, float32 in cell view."""
+    fraction_bits = self.format.fraction_bits
+    codes = (payload.word >> fraction_bits).astype(self.format.code_dtype)
+    error = (payload.word << (32 - fraction_bits)) >> (32 - fraction_bits)
+    error = error.astype(jnp.float32) * np.float32(2.0 ** (1 - fraction_bits))
+    return Stored(codes, payload.extra), error * self.blocks.spread(from_bfloat16_bits(payload.extra))
+
+
+@dataclasses.dataclass(frozen=True)
+class BFloat16Codec:
+  """The upper half of a float32, rounded on its bits."""
+
+  format: _format.Format
+  cells: Cells
+
+  def decode(self, stored: Stored) -> jax.Array:
+    return self.cells.split(from_bfloat16_bits(stored.codes))
+
+  def encode(self, value, bits, old=None, delta=None) -> Payload:
+    del old, delta
+    pattern = _bits_of(value)
+    if bits is None:
+      dither = jnp.uint32(0x7FFF) + ((pattern >> 16) & jnp.uint32(1))
+    else:
+      dither = bits >> 16
+    rounded = (pattern + dither) >> 16
+    overflowed = ((rounded & jnp.uint32(0x7FFF)) == 0x7F80) & jnp.isfinite(value)
+    rounded = jnp.where(overflowed, rounded - 1, rounded)
+    rounded = jnp.where(jnp.isnan(value), jnp.uint32(0x7FC0), rounded)
+    return Payload(rounded.astype(jnp.uint16), value - _float_of(rounded << 16))
+
+  def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
+    return Stored(payload.word), payload.extra
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseCodec:
+  """Stored as it is; a parameter's delta is cast to its dtype before the sum, as `optax.apply_updates` has it."""
+
+  dtype: np.dtype
+  cells: Cells
+
+  def decode(self, stored: Stored) -> jax.Array:
+    return self.cells.split(stored.codes).astype(compute_dtype(self.dtype))
+
+  def encode(self, value, bits, old=None, delta=None) -> Payload:
+    del bits
+    if old is None:
+      return Payload(value.astype(self.dtype))
+    delta = delta.astype(self.dtype)
+    return Payload(self.cells.split(old.codes) + delta, delta)
+
+  def finish(self, payload: Payload) -> tuple[Stored, None]:
+    return Stored(payload.word), None
+
+
+Codec = LinearCodec | BFloat16Codec | DenseCodec
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+  """The dtype in which values of a stored dtype are computed: float32, or float64 for float64."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def subtract(new: Stored, old: Stored) -> Stored:
+  """new - old in the codes' own integers, modulo their range, so that old + (new - old) is new bit for bit."""
+
+  def difference(a, b):
+    if jnp.issubdtype(a.dtype, jnp.int4):  # Not every backend subtracts int4.
+      return (a.astype(jnp.int8) - b.astype(jnp.int8)).astype(jnp.int4)
+    return a - b
+
+  return jax.tree.map(difference, new, old)
+
+
+def make_cells(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Cells:
+  """The cell view of a tile for arrays blocked along (axis, block size)."""
+  sizes = [0] * len(shape)
+  for axis, size in blocks:
+    sizes[axis] = math.gcd(sizes[axis], size)
+  return Cells(shape, tuple(max(size, 1) for size in sizes))

@@ -1,0 +1,22 @@
+"""Registers `QuantizedArray` with Flax; imported only where Flax is installed."""
+
+import dataclasses
+
+from flax import nnx
+from flax import serialization
+
+from lpmm_optax._array import QuantizedArray
+
+
+def _to_state_dict(x: QuantizedArray) -> dict[str, object]:
+  return {'codes': x.codes} | ({} if x.scales is None else {'scales': x.scales})
+
+
+def _from_state_dict(x: QuantizedArray, state: dict[str, object]) -> QuantizedArray:
+  if set(state) != set(_to_state_dict(x)):
+    raise ValueError(f'{x!r} cannot be restored from fields {sorted(state)}')
+  return dataclasses.replace(x, **state)
+
+
+serialization.register_serialization_state(QuantizedArray, _to_state_dict, _from_state_dict)
+nnx.register_data_type(QuantizedArray)

@@ -1,0 +1,164 @@
+"""How an array is stored: the `Format` description, its presets, and block geometry.
+
+This module knows nothing of optimizers, of randomness or of JAX arrays: it answers "which integer type, which grid,
+which blocks" from static facts (bits, shapes, dtypes).
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+PARAM_BLOCK_SIZE = 64
+STATE_BLOCK_SIZE = 128
+MIN_BLOCK_SIZE = 8
+MIN_SIZE = 4096
+MIN_SIZE_1D = 65536
+
+_CODE_DTYPES = {
+    (4, True): jnp.int4,
+    (8, True): jnp.int8,
+    (8, False): jnp.uint8,
+    (16, True): jnp.int16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A static description of how an array is stored.
+
+  Instances are frozen, hashable and not callable, so they can be static pytree metadata and survive
+  `optax.inject_hyperparams`, which turns callables into schedules and integers into tracers.
+
+  Attributes:
+    bits: bits per code: 4, 8 or 16.
+    block_size: how many neighbours along one axis share a scale: the largest divisor of that axis not above this.
+      None means 64 for parameters and 128 for optimizer state.
+    signed: whether codes carry a sign. Unsigned codes hold nonnegative values only (8 bits).
+    grid: 'linear' stores x = code * scale; 'sqrt' stores x = (code * scale)^2, for second moments; 'bfloat16' stores
+      the upper 16 bits of the float32 and needs no scale.
+    rounding: 'stochastic' (unbiased: up with probability equal to the fraction) or 'nearest'.
+
+  Raises:
+    ValueError: for a combination that has no storage, naming the argument.
+
+  >>> import lpmm_optax as lpmm
+  >>> lpmm.INT8.max_code, lpmm.Format(bits=4).max_code
+  (127, 7)
+  >>> lpmm.Format(bits=3)
+  Traceback (most recent call last):
+    ...
+  ValueError: bits=3 is not supported: choose 4, 8 or 16
+  """
+
+  bits: int = 8
+  block_size: int | None = None
+  signed: bool = True
+  grid: Literal['linear', 'sqrt', 'bfloat16'] = 'linear'
+  rounding: Literal['stochastic', 'nearest'] = 'stochastic'
+
+  def __post_init__(self):
+    if self.bits not in (4, 8, 16):
+      raise ValueError(f'bits={self.bits} is not supported: choose 4, 8 or 16')
+    if self.block_size is not None and self.block_size < 1:
+      raise ValueError(f'block_size={self.block_size} must be at least 1')
+    if self.grid not in ('linear', 'sqrt', 'bfloat16'):
+      raise ValueError(f"grid={self.grid!r} must be 'linear', 'sqrt' or 'bfloat16'")
+    if self.rounding not in ('stochastic', 'nearest'):
+      raise ValueError(f"rounding={self.rounding!r} must be 'stochastic' or 'nearest'")
+    if self.grid == 'bfloat16':
+      if self.bits != 16 or not self.signed or self.block_size is not None:
+        raise ValueError("grid='bfloat16' takes bits=16, signed=True and block_size=None")
+    elif (self.bits, self.signed) not in _CODE_DTYPES:
+      raise ValueError(f'unsigned codes of {self.bits} bits are not supported: choose 8')
+    if self.grid == 'sqrt' and self.signed:
+      raise ValueError("grid='sqrt' stores nonnegative values: it takes signed=False")
+
+  @property
+  def has_scales(self) -> bool:
+    """Whether arrays of this format carry block scales."""
+    return self.grid != 'bfloat16'
+
+  @property
+  def code_dtype(self) -> np.dtype:
+    """The integer dtype of the codes (a bit pattern for bfloat16)."""
+    return jnp.dtype(_CODE_DTYPES[self.bits, self.signed] if self.has_scales else jnp.uint16)
+
+  @property
+  def max_code(self) -> int:
+    """The largest code; signed grids are symmetric, so the smallest is its negative."""
+    return 2 ** (self.bits - self.signed) - 1
+
+  @property
+  def fraction_bits(self) -> int:
+    """Random bits per rounding: all that fit beside the code in an int32, 24 at most."""
+    return min(24, 31 - (self.bits - self.signed))
+
+  def with_block_size(self, default: int) -> 'Format':
+    """This format with an unset block size replaced by `default`."""
+    if self.block_size is None and self.has_scales:
+      return dataclasses.replace(self, block_size=default)
+    return self
+
+  def __str__(self) -> str:
+    if not self.has_scales:
+      name = 'bfloat16'
+    else:
+      name = f'{"" if self.signed else "u"}int{self.bits}{"_sqrt" if self.grid == "sqrt" else ""}'
+    return name + ('' if self.rounding == 'stochastic' else '_nearest')
+
+
+INT4 = Format(bits=4)
+INT8 = Format(bits=8)
+INT16 = Format(bits=16)
+UINT8_SQRT = Format(bits=8, signed=False, grid='sqrt')
+BFLOAT16 = Format(bits=16, grid='bfloat16')
+
+
+def largest_divisor(n: int, at_most: int) -> int:
+  """The largest divisor of n that is not above at_most."""
+  return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
+
+
+def choose_block(shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
+  """The axis along which blocks run, and how many elements share a scale.
+
+  The last axis, unless its best block would be under half the size asked for and another axis does better. Blocks never
+  straddle two rows, so one PartitionSpec serves codes and scales alike.
+  """
+  blocks = [largest_divisor(n, block_size) for n in shape]
+  last = len(shape) - 1
+  if 2 * blocks[last] >= block_size:
+    return last, blocks[last]
+  axis = max(range(len(shape)), key=lambda d: (blocks[d], d))
+  return axis, blocks[axis]
+
+
+def block_of(shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> tuple[int, int]:
+  """Reads axis and block size back from the shapes of codes and scales.
+
+  Nothing else records them, so slicing both arrays along another axis (`lax.scan` over stacked layers, `vmap`) leaves a
+  valid quantized array.
+  """
+  for axis, (n, m) in enumerate(zip(shape, scales_shape, strict=True)):
+    if n != m:
+      return axis, n // m
+  return len(shape) - 1, 1
+
+
+def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | None:
+  """Why an array of this shape and dtype stays dense by default, or None if it is stored in `format`."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    return 'not floating point'
+  size = math.prod(shape)
+  if size < MIN_SIZE:
+    return f'under {MIN_SIZE} elements'
+  if len(shape) == 1 and size < MIN_SIZE_1D:
+    return f'one-dimensional, under {MIN_SIZE_1D} elements'
+  if format.has_scales:
+    target = format.block_size or PARAM_BLOCK_SIZE
+    if choose_block(shape, target)[1] < min(MIN_BLOCK_SIZE, target):
+      return f'no axis has a divisor from {MIN_BLOCK_SIZE} to {target}'
+  return None
