@@ -12,6 +12,8 @@ from lpmm_optax._format import INT8
 from lpmm_optax._format import INT16
 from lpmm_optax._format import UINT8_SQRT
 from lpmm_optax._format import Format
+from lpmm_optax._report import MemoryReport
+from lpmm_optax._report import memory_report
 from lpmm_optax._sgdm import sgdm
 from lpmm_optax._step import chain
 from lpmm_optax._step import step
@@ -24,19 +26,21 @@ if _importlib_util.find_spec('flax') is not None:
 __version__ = '0.1.0'
 
 __all__ = [
-    'BFLOAT16',
-    'INT16',
-    'INT4',
-    'INT8',
-    'UINT8_SQRT',
-    'Format',
-    'InPlaceTransformation',
-    'LowPrecisionState',
-    'QuantizedArray',
-    'chain',
-    'dequantize',
-    'is_quantized',
-    'quantize',
-    'sgdm',
-    'step',
+  'BFLOAT16',
+  'INT4',
+  'INT8',
+  'INT16',
+  'UINT8_SQRT',
+  'Format',
+  'InPlaceTransformation',
+  'LowPrecisionState',
+  'MemoryReport',
+  'QuantizedArray',
+  'chain',
+  'dequantize',
+  'is_quantized',
+  'memory_report',
+  'quantize',
+  'sgdm',
+  'step',
 ]

@@ -1,6 +1,7 @@
 """`QuantizedArray`, the pytree node that holds codes and scales, and `quantize` / `dequantize`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import re
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from lpmm_optax import _codec
 from lpmm_optax import _format
 from lpmm_optax import _random
+from lpmm_optax import _sharding
 from lpmm_optax._format import Format
 
 Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]]
@@ -121,17 +123,21 @@ def empty(like: Any, format: Format | None) -> Any:
   shape = tuple(template.shape)
 
   def zeros(dtype, step=None):
-    if isinstance(template, jax.Array):
-      source = template if step is None else template[tuple(slice(None, None, s) for s in step)]
-      # Integers, because NaN * 0 is NaN; the comparison keeps XLA from needing the values' meaning.
-      return (source != source).astype(jnp.int8).astype(dtype) * jnp.zeros((), dtype)
-    return jnp.zeros(shape if step is None else tuple(n // s for n, s in zip(shape, step)), dtype)
+    if not isinstance(template, jax.Array):
+      return jnp.zeros(shape if step is None else tuple(n // s for n, s in zip(shape, step, strict=True)), dtype)
+
+    def from_template(x):
+      x = x if step is None else x[tuple(slice(None, None, s) for s in step)]
+      return jnp.where(x == x, jnp.zeros((), dtype), jnp.zeros((), dtype))
+
+    return _sharding.follow(from_template, template, template)
 
   dtype = _codec.compute_dtype(like.dtype)
   if format is None:
     return zeros(dtype)
   if not format.has_scales:
     return QuantizedArray(zeros(format.code_dtype), None, format, dtype)
+  assert format.block_size is not None  # Callers have filled in their default.
   axis, size = _format.choose_block(shape, format.block_size)
   step = [size if d == axis else 1 for d in range(len(shape))]
   return QuantizedArray(zeros(format.code_dtype), zeros(jnp.uint16, step), format, dtype)
@@ -159,6 +165,24 @@ def _choose_format(path: str, leaf: Any, format: Format, where: Where | None) ->
   if leaf.ndim == 0 or leaf.size == 0:
     raise ValueError(f'{path}: an array of shape {leaf.shape} cannot be quantized; keep it dense through `where`')
   return chosen.with_block_size(_format.PARAM_BLOCK_SIZE)
+
+
+def _encode(x: jax.Array, format: Format, word: jax.Array | None) -> QuantizedArray:
+  """A dense array in a format; rounded stochastically if a random word is given."""
+  target = dataclasses.replace(empty(x, format), dtype=jnp.dtype(x.dtype))
+  codec = _whole(target)
+  cells = codec_cells(codec)
+  bits = None
+  if word is not None:
+    coordinates = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, d) for d in range(x.ndim)]
+    bits = cells.split(_random.random_bits(word, _random.element_index(x.shape, coordinates)))
+  rounded, _ = codec.finish(codec.encode(cells.split(x.astype(jnp.float32)), bits))
+  return with_stored(target, rounded._replace(codes=cells.merge(rounded.codes)))
+
+
+def _decode(x: QuantizedArray) -> jax.Array:
+  codec = _whole(x)
+  return codec_cells(codec).merge(codec.decode(stored(x)))
 
 
 def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: Where | None = None) -> Any:
@@ -194,7 +218,7 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   format = format.with_block_size(_format.PARAM_BLOCK_SIZE)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
   paths = [path_str(path) for path, _ in leaves]
-  if key is not None and paths:
+  if key is not None:
     words = _random.slot_words(_random.raw_key(key), jnp.int32(0), paths, 1)[:, 0]
 
   def one(i: int, path: str, leaf: Any) -> Any:
@@ -203,16 +227,9 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
     chosen = _choose_format(path, leaf, format, where)
     if chosen is None:
       return leaf
-    target = dataclasses.replace(empty(leaf, chosen), dtype=jnp.dtype(leaf.dtype))
-    codec = _whole(target)
-    bits = None
-    if key is not None and chosen.rounding == 'stochastic':
-      coordinates = [jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, d) for d in range(leaf.ndim)]
-      low, high = _random.element_index(leaf.shape, coordinates)
-      bits = codec_cells(codec).split(_random.random_bits(words[i], (low, high)))
-    value = codec_cells(codec).split(jnp.asarray(leaf).astype(jnp.float32))
-    rounded, _ = codec.finish(codec.encode(value, bits))
-    return with_stored(target, rounded._replace(codes=codec_cells(codec).merge(rounded.codes)))
+    word = words[i] if key is not None and chosen.rounding == 'stochastic' else None
+    leaf = jnp.asarray(leaf)
+    return _sharding.follow(lambda x, word: _encode(x, chosen, word), leaf, leaf, word)
 
   out = [one(i, path, leaf) for i, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True))]
   return jax.tree.unflatten(treedef, out)
@@ -228,8 +245,8 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   Args:
     tree: an array or a pytree.
-    dtype: a floating-point dtype for every floating-point leaf, dense ones included, as the model computes in one dtype;
-      None keeps each leaf's own (a quantized leaf's is that of the array it was made from).
+    dtype: a floating-point dtype for every floating-point leaf, dense ones included, as the model computes in one
+      dtype; None keeps each leaf's own (a quantized leaf's is that of the array it was made from).
 
   Returns:
     The tree with arrays of the original shapes.
@@ -245,8 +262,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   def one(leaf):
     if is_quantized(leaf):
-      codec = _whole(leaf)
-      value = codec_cells(codec).merge(codec.decode(stored(leaf)))
+      value = _sharding.follow(_decode, leaf.codes, leaf)
       return value.astype(leaf.dtype if dtype is None else dtype)
     if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf.astype(dtype)

@@ -10,7 +10,8 @@ block boundary crosses. XLA vectorizes elementwise work with scales in that view
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -65,7 +66,7 @@ class Blocks:
     cell = self.cells.sizes[self.axis]
     n = self.cells.shape[self.axis]
     repeated = jnp.broadcast_to(
-        jnp.expand_dims(per_block, self.axis + 1), self._with_axis(n // self.size, self.size // cell)
+      jnp.expand_dims(per_block, self.axis + 1), self._with_axis(n // self.size, self.size // cell)
     )
     # The tile with its blocked axis counted in cells; there, a cell is one element.
     per_cell = self._with_axis(n // cell)
@@ -73,7 +74,7 @@ class Blocks:
     return repeated.reshape(self.cells.view_shape(per_cell, sizes))
 
   def absmax(self, x: jax.Array) -> jax.Array:
-    """Cell view to the largest magnitude in each block, NaN if any element is NaN."""
+    """Cell view, without NaN, to the largest magnitude in each block (a maximum on CPU may pass over NaN)."""
     cell = self.cells.sizes[self.axis]
     n = self.cells.shape[self.axis]
     x = jnp.abs(x)
@@ -118,8 +119,7 @@ def fresh_scale(absmax: jax.Array, max_code: int) -> jax.Array:
   Zero where absmax is zero, NaN where it is not finite. Nonzero scales are at least 2^-100, and low enough for
   max_code * s to be finite, where values above are clipped by less than one grid step.
   """
-  largest = np.float32(np.finfo(np.float32).max) / np.float32(max_code)
-  largest = np.array(largest).view(np.uint32) & np.uint32(0xFFFF0000)
+  largest = np.array(np.finfo(np.float32).max / np.float32(max_code)).view(np.uint32) & np.uint32(0xFFFF0000)
   # The product is within one ulp of the quotient; four ulps lower it is surely not above it.
   below = jnp.maximum(_bits_of(absmax * np.float32(1 / max_code)), jnp.uint32(4)) - jnp.uint32(4)
   scale = (below + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
@@ -144,18 +144,25 @@ def reciprocal(scale: jax.Array) -> jax.Array:
   return jnp.where(exponent == 0, np.float32(0), inverse)
 
 
-class Payload(NamedTuple):
-  """What `encode` decided, ready for `finish`: arrays in cell view, scales one per block."""
-
-  word: jax.Array
-  extra: jax.Array | None = None
-
-
 class Stored(NamedTuple):
   """A tile as it lies in memory: codes (or dense values) and, if the format has them, scales."""
 
   codes: jax.Array
-  scales: jax.Array | None = None
+  scales: Any = None
+
+
+class Change(NamedTuple):
+  """How a value came about: the tile as stored before, and what was added to it (float32, in cell view)."""
+
+  old: Stored
+  delta: jax.Array
+
+
+class Payload(NamedTuple):
+  """What `encode` decided, ready for `finish`: arrays in cell view, scales one per block."""
+
+  word: jax.Array
+  extra: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,33 +183,33 @@ class LinearCodec:
     return value * value if self.squares else value
 
   def encode(
-      self,
-      value: jax.Array,
-      bits: jax.Array | None,
-      old: Stored | None = None,
-      delta: jax.Array | None = None,
+    self,
+    value: jax.Array,
+    bits: jax.Array | None,
+    change: Change | None = None,
   ) -> Payload:
     """Rounds values to the grid.
 
-    With `old` and `delta` (value = decode(old) + delta), a block whose absmax still fits its stored scale keeps that
-    scale, and there the code is an integer base to which only the delta is added and rounded. A zero delta then changes
-    nothing, and a delta far below the precision of a float32 sum is still rounded without bias.
+    Where the value is a change of a stored one, a block whose absmax still fits its stored scale keeps that scale, and
+    there the code is an integer base to which only the delta is added and rounded. A zero delta then changes nothing,
+    and a delta far below the precision of a float32 sum is still rounded without bias.
 
     Args:
       value: float32, in cell view.
       bits: uint32 random bits in cell view, or None to round to nearest.
-      old: the tile as stored before.
-      delta: float32, in cell view.
+      change: value = decode(change.old) + change.delta; None for a value of its own.
 
     Returns:
       A word per element, code * 2^fraction_bits + (rounding error), and the block scales.
     """
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
+    value = jnp.where(value == value, value, np.float32(np.inf))
     target = jnp.sqrt(value) if self.squares else value
     absmax = self.blocks.absmax(target)
     scale = fresh_scale(absmax, max_code)
     base = jnp.int32(0)
-    if old is not None:
+    if change is not None:
+      old, delta = change
       old_scale = from_bfloat16_bits(old.scales)
       limit = old_scale * np.float32(max_code)
       # A fresh scale exceeds absmax / max_code by at most 2^-7, and rounding takes the largest code down one at most.
@@ -216,10 +223,8 @@ class LinearCodec:
     fixed = lax.round(target * self.blocks.spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
     top = max_code << fraction_bits
     fixed = jnp.clip(fixed.astype(jnp.int32) + base, -top if self.format.signed else 0, top)
-    if bits is None:
-      dither = jnp.int32(1 << (fraction_bits - 1))
-    else:
-      dither = (bits >> (32 - fraction_bits)).astype(jnp.int32)
+    half = jnp.int32(1 << (fraction_bits - 1))
+    dither = half if bits is None else (bits >> (32 - fraction_bits)).astype(jnp.int32)
     code = (fixed + dither) >> fraction_bits
     if self.squares:
       # A second moment that rounds to zero divides by epsilon alone.
@@ -247,13 +252,11 @@ class BFloat16Codec:
   def decode(self, stored: Stored) -> jax.Array:
     return self.cells.split(from_bfloat16_bits(stored.codes))
 
-  def encode(self, value, bits, old=None, delta=None) -> Payload:
-    del old, delta
+  def encode(self, value: jax.Array, bits: jax.Array | None, change: Change | None = None) -> Payload:
+    del change
     pattern = _bits_of(value)
-    if bits is None:
-      dither = jnp.uint32(0x7FFF) + ((pattern >> 16) & jnp.uint32(1))
-    else:
-      dither = bits >> 16
+    half_to_even = jnp.uint32(0x7FFF) + ((pattern >> 16) & jnp.uint32(1))
+    dither = half_to_even if bits is None else bits >> 16
     rounded = (pattern + dither) >> 16
     overflowed = ((rounded & jnp.uint32(0x7FFF)) == 0x7F80) & jnp.isfinite(value)
     rounded = jnp.where(overflowed, rounded - 1, rounded)
@@ -274,12 +277,12 @@ class DenseCodec:
   def decode(self, stored: Stored) -> jax.Array:
     return self.cells.split(stored.codes).astype(compute_dtype(self.dtype))
 
-  def encode(self, value, bits, old=None, delta=None) -> Payload:
+  def encode(self, value: jax.Array, bits: jax.Array | None, change: Change | None = None) -> Payload:
     del bits
-    if old is None:
+    if change is None:
       return Payload(value.astype(self.dtype))
-    delta = delta.astype(self.dtype)
-    return Payload(self.cells.split(old.codes) + delta, delta)
+    delta = change.delta.astype(self.dtype)
+    return Payload(self.cells.split(change.old.codes) + delta, delta)
 
   def finish(self, payload: Payload) -> tuple[Stored, None]:
     return Stored(payload.word), None
@@ -290,7 +293,7 @@ Codec = LinearCodec | BFloat16Codec | DenseCodec
 
 def compute_dtype(dtype: Any) -> np.dtype:
   """The dtype in which values of a stored dtype are computed: float32, or float64 for float64."""
-  return jnp.promote_types(dtype, jnp.float32)
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def subtract(new: Stored, old: Stored) -> Stored:

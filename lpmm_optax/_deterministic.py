@@ -1,10 +1,10 @@
 """Floating-point arithmetic whose result does not depend on how XLA fuses it.
 
-XLA lets LLVM contract a product and a sum into one fused multiply-add, which skips the product's rounding. Whether that
-happens depends on what was fused with what, hence on tile size, on sharding and on whether the parameters are updated in
-place or through deltas, so results would differ in the last bit and, once rounded stochastically, sometimes in a whole
-grid step (`tests/test_determinism.py` shows both). `uncontracted` forbids it: every product passes through an integer
-operation that does nothing at run time but that no compiler can see through.
+XLA lets LLVM contract a product and a sum into one fused multiply-add, which skips the product's rounding. Whether
+that happens depends on what was fused with what, hence on tile size, on sharding and on whether the parameters are
+updated in place or through deltas, so results would differ in the last bit and, once rounded stochastically, sometimes
+in a whole grid step (`tests/test_determinism.py` shows both). `uncontracted` forbids it: every product passes through
+an integer operation that does nothing at run time but that no compiler can see through.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Registers `QuantizedArray` with Flax; imported only where Flax is installed."""
 
 import dataclasses
+from typing import Any
 
 from flax import nnx
 from flax import serialization
@@ -8,11 +9,11 @@ from flax import serialization
 from lpmm_optax._array import QuantizedArray
 
 
-def _to_state_dict(x: QuantizedArray) -> dict[str, object]:
+def _to_state_dict(x: QuantizedArray) -> dict[str, Any]:
   return {'codes': x.codes} | ({} if x.scales is None else {'scales': x.scales})
 
 
-def _from_state_dict(x: QuantizedArray, state: dict[str, object]) -> QuantizedArray:
+def _from_state_dict(x: QuantizedArray, state: dict[str, Any]) -> QuantizedArray:
   if set(state) != set(_to_state_dict(x)):
     raise ValueError(f'{x!r} cannot be restored from fields {sorted(state)}')
   return dataclasses.replace(x, **state)

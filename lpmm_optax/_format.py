@@ -18,10 +18,10 @@ MIN_SIZE = 4096
 MIN_SIZE_1D = 65536
 
 _CODE_DTYPES = {
-    (4, True): jnp.int4,
-    (8, True): jnp.int8,
-    (8, False): jnp.uint8,
-    (16, True): jnp.int16,
+  (4, True): jnp.int4,
+  (8, True): jnp.int8,
+  (8, False): jnp.uint8,
+  (16, True): jnp.int16,
 }
 
 

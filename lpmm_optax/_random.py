@@ -1,9 +1,9 @@
 """Random bits for stochastic rounding: a pure function of (key, step, leaf path, slot, global element index).
 
-Two levels. A scalar level, `jax.random` (threefry), turns the user's key, the step count and the leaf's path into 64-bit
-words, one per slot (the parameter and each state field). An elementwise level, `random_bits`, mixes such a word with the
-element's index in the whole array. The result depends on neither tile size nor sharding nor device count, costs no
-memory of its own because XLA fuses it into the rounding, and takes a tenth of the time of elementwise threefry.
+Two levels. A scalar level, `jax.random` (threefry), turns the user's key, the step count and the leaf's path into
+64-bit words, one per slot (the parameter and each state field). An elementwise level, `random_bits`, mixes such a word
+with the element's index in the whole array. The result depends on neither tile size nor sharding nor device count, and
+costs no memory of its own because XLA fuses it into the rounding.
 """
 
 import hashlib
@@ -36,6 +36,8 @@ def slot_words(key: jax.Array, count: jax.Array, paths: list[str], slots: int) -
   Returns:
     uint32[len(paths), slots, 2].
   """
+  if not paths:
+    return jnp.zeros((0, slots, 2), jnp.uint32)
   step_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl='threefry2x32'), count)
   digests = [hashlib.blake2s(path.encode(), digest_size=8).digest() for path in paths]
   hashes = np.frombuffer(b''.join(digests), dtype='<u4').reshape(-1, 2)
@@ -50,8 +52,9 @@ def slot_words(key: jax.Array, count: jax.Array, paths: list[str], slots: int) -
 def random_bits(word: jax.Array, index: tuple[jax.Array, jax.Array]) -> jax.Array:
   """32 random bits per element.
 
-  The two multiply-xorshift rounds and their constants are "lowbias32" of C. Wellons' hash-prospector, which was searched
-  for least avalanche bias; the key enters before each round, so that two keys do not merely permute one sequence.
+  The two multiply-xorshift rounds and their constants are "lowbias32" of C. Wellons' hash-prospector, which was
+  searched for least avalanche bias; the key enters before each round, so that two keys do not merely permute one
+  sequence.
 
   Args:
     word: uint32[2], one slot's word.
@@ -68,9 +71,7 @@ def random_bits(word: jax.Array, index: tuple[jax.Array, jax.Array]) -> jax.Arra
   return x ^ (x >> 16)
 
 
-def element_index(
-    shape: tuple[int, ...], coordinates: list[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def element_index(shape: tuple[int, ...], coordinates: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
   """The (low, high) position of elements in a row-major array of `shape`.
 
   Args:

@@ -52,15 +52,15 @@ def _velocity_feedback(fields, error, hyper):
 
 
 def sgdm(
-    learning_rate: optax.ScalarOrSchedule,
-    momentum: float | jax.Array | None = 0.9,
-    *,
-    nesterov: bool = False,
-    weight_decay: float | jax.Array = 0.0,
-    formats: _transform.Formats = _format.INT8,
-    error_feedback: bool | None = None,
-    key: jax.Array | None = None,
-    tile_size: int | None = None,
+  learning_rate: optax.ScalarOrSchedule,
+  momentum: float | jax.Array | None = 0.9,
+  *,
+  nesterov: bool = False,
+  weight_decay: float | jax.Array = 0.0,
+  formats: _transform.Formats = _format.INT8,
+  error_feedback: bool | None = None,
+  key: jax.Array | None = None,
+  tile_size: int | None = None,
 ) -> _transform.InPlaceTransformation:
   r"""SGD with momentum, with parameters and momentum stored in low precision.
 
@@ -69,30 +69,32 @@ def sgdm(
   .. math::
     g_t \leftarrow g_t + \lambda w_t, \quad m_{t+1} = \beta m_t + g_t, \quad w_{t+1} = Q(w_t - \eta_t m_{t+1})
 
-  where Q rounds a parameter to the grid it is stored in (the identity for dense ones) and m is stored in its own format.
+  where Q rounds a parameter to the grid it is stored in (the identity for dense ones) and m is stored in its own
+  format.
   With dense parameters and ``formats=None`` it equals `optax.sgd` to float rounding.
 
-  With error feedback, the error of rounding the parameter goes into the momentum, which brings it back over the following
-  steps. In velocity form,
+  With error feedback, the error of rounding the parameter goes into the momentum, which brings it back over the
+  following steps. In velocity form,
 
   .. math::
     \tilde v = \beta v_t + \eta_t g_t, \quad \tilde w = w_t - \tilde v, \quad w_{t+1} = Q(\tilde w), \quad
     v_{t+1} = Q\bigl(\tilde v + (1 - 1/\beta)(\tilde w - w_{t+1})\bigr)
 
   so that the virtual weights :math:`z = w - \beta v / (1 - \beta)` follow exact SGD with step
-  :math:`\eta_t / (1 - \beta)`, whatever the schedule, because the error cancels: Q changes w by -e and the velocity term
-  by +e. The two forms are the same optimizer for a constant learning rate; under a schedule the velocity form applies to
-  each gradient the rate at which it came (as Sutskever et al. have it). A learning rate of exactly zero is no step.
+  :math:`\eta_t / (1 - \beta)`, whatever the schedule, because the error cancels: Q changes w by -e and the velocity
+  term by +e. The two forms are the same optimizer for a constant learning rate; under a schedule the velocity form
+  applies to each gradient the rate at which it came (as Sutskever et al. have it). A learning rate of exactly zero is
+  no step.
 
   Args:
     learning_rate: a scalar, or a schedule of the step count.
     momentum: the decay :math:`\beta`; None or 0 for plain SGD without momentum state.
     nesterov: whether to use Nesterov momentum.
     weight_decay: :math:`\lambda`, added to the gradient before the momentum as torch and the paper do.
-    formats: how the momentum (state field ``'trace'``) is stored: a Format, ``{'trace': Format}``, or None for float32. How
-      parameters are stored is decided by what `init` and `update` are given.
-    error_feedback: None for on wherever it works (a momentum of at least 8 bits rounded stochastically, no Nesterov, and
-      formats not None), True to insist, False for the paper's optimizer.
+    formats: how the momentum (state field ``'trace'``) is stored: a Format, ``{'trace': Format}``, or None for float32.
+      How parameters are stored is decided by what `init` and `update` are given.
+    error_feedback: None for on wherever it works (a momentum of at least 8 bits rounded stochastically, no Nesterov,
+      and formats not None), True to insist, False for the paper's optimizer.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
 
@@ -113,11 +115,11 @@ def sgdm(
   ...   print(f'{value:.0f}')
   ...   updates, state = tx.update(grads, state, params)
   ...   params = optax.apply_updates(params, updates)
-  4095
-  3317
-  2351
-  1525
-  931
+  4225
+  3422
+  2440
+  1593
+  972
 
   References:
     Li et al., Training Neural Networks with Low-Precision Model Memory, 2022.
@@ -147,17 +149,17 @@ def sgdm(
       if error_feedback:
         frozen = rate == 0
         hyper |= {
-            'decay': jnp.where(frozen, 1.0, decay),
-            'moves': jnp.where(frozen, 0.0, 1.0),
-            'correction': 1 - 1 / decay,
+          'decay': jnp.where(frozen, 1.0, decay),
+          'moves': jnp.where(frozen, 0.0, 1.0),
+          'correction': 1 - 1 / decay,
         }
     return hyper
 
   rule = _transform.Rule(
-      name='sgdm',
-      fields=fields,
-      hyperparams=hyperparams,
-      update=_velocity if error_feedback else _heavy_ball(nesterov),
-      feedback=_velocity_feedback if error_feedback else None,
+    name='sgdm',
+    fields=fields,
+    hyperparams=hyperparams,
+    update=_velocity if error_feedback else _heavy_ball(nesterov),
+    feedback=_velocity_feedback if error_feedback else None,
   )
   return _transform.from_rule(rule, formats, key, tile_size)

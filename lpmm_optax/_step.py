@@ -8,7 +8,7 @@ from lpmm_optax import _transform
 
 
 def step(
-    tx: optax.GradientTransformation, grads: Any, params: Any, opt_state: Any, **extra_args: Any
+  tx: optax.GradientTransformation, grads: Any, params: Any, opt_state: Any, **extra_args: Any
 ) -> tuple[Any, Any]:
   """Updates parameters and state; under jit with both donated, in place.
 
@@ -75,6 +75,4 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
     params, last_state = txs[-1].step(gradients, params, state[-1], **extra_args)
     return params, (*new_states, last_state)
 
-  return _transform.InPlaceTransformation(
-      chained.init, optax.with_extra_args_support(chained).update, chained_step
-  )
+  return _transform.InPlaceTransformation(chained.init, optax.with_extra_args_support(chained).update, chained_step)

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from lpmm_optax import _format
 
 
-
 def default_tile_size(total: int) -> int:
   """Elements per tile for a tree of `total` elements.
 
-  On CPU a tile's dense values, about 13 bytes per element, should stay in the cache and small beside the state, but each
-  of some twenty kernels per tile costs microseconds to start on every core; 1/128 of the whole, from 2^18 to 2^20, is
-  within 10 % of the best time at 16M and at 64M elements. Elsewhere a tile is a row of kernel launches.
+  On CPU a tile's dense values, about 13 bytes per element, should stay in the cache and small beside the state, but
+  each of some twenty kernels per tile costs microseconds to start on every core; 1/128 of the whole, from 2^18 to 2^20,
+  is within 10 % of the best time at 16M and at 64M elements. Elsewhere a tile is a row of kernel launches.
   """
   if jax.default_backend() == 'cpu':
     return min(max(2**18, total // 128), 2**20)
@@ -50,25 +49,29 @@ class Tiling:
   def _strided(self, x: jax.Array) -> jax.Array:
     """Splits the cut axis, which may be counted in elements or in blocks."""
     run = x.shape[self.axis] // (self.groups * self.steps)
-    return x.reshape(x.shape[: self.axis] + (self.groups, self.steps, run) + x.shape[self.axis + 1 :])
+    return x.reshape(*x.shape[: self.axis], self.groups, self.steps, run, *x.shape[self.axis + 1 :])
 
   def take(self, x: jax.Array, step: jax.Array) -> jax.Array:
     """Tile number `step` of an array."""
+    if self.steps == 1:
+      return x
     tile = lax.dynamic_slice_in_dim(self._strided(x), step, 1, self.axis + 1)
-    return tile.reshape(x.shape[: self.axis] + (-1,) + x.shape[self.axis + 1 :])
+    return tile.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 1 :])
 
   def put(self, x: jax.Array, tile: jax.Array, step: jax.Array) -> jax.Array:
     """The array with tile number `step` replaced; the tile may come in any shape that lists its elements in order."""
+    if self.steps == 1:
+      return tile.reshape(x.shape)
     strided = self._strided(x)
     run = strided.shape[self.axis + 2]
-    tile = tile.reshape(x.shape[: self.axis] + (self.groups, 1, run) + x.shape[self.axis + 1 :])
+    tile = tile.reshape(*x.shape[: self.axis], self.groups, 1, run, *x.shape[self.axis + 1 :])
     return lax.dynamic_update_slice_in_dim(strided, tile, step, self.axis + 1).reshape(x.shape)
 
   def coordinates(self, step: jax.Array) -> list[jax.Array]:
     """Per axis, the tile's global coordinates: uint32 vectors."""
     out = [lax.iota(jnp.uint32, n) for n in self.tile_shape]
-    run = self.shape[self.axis] // (self.groups * self.steps)
     if self.steps > 1:
+      run = self.shape[self.axis] // (self.groups * self.steps)
       group, offset = jnp.divmod(out[self.axis], jnp.uint32(run))
       out[self.axis] = (group * jnp.uint32(self.steps) + step.astype(jnp.uint32)) * jnp.uint32(run) + offset
     return out
@@ -117,11 +120,11 @@ def boundary(zero: jax.Array, fn: Callable, *args: Any) -> Any:
 
 
 def update_in_place(
-    tiling: Tiling,
-    zero: jax.Array,
-    stages: tuple[Callable, Callable, Callable],
-    reads: Any,
-    writes: Any,
+  tiling: Tiling,
+  zero: jax.Array,
+  stages: tuple[Callable, Callable, Callable],
+  reads: Any,
+  writes: Any,
 ) -> Any:
   """Runs a staged update over all tiles of a leaf.
 

@@ -4,9 +4,12 @@ A `Rule` is the mathematics of an optimizer on dense values and knows nothing of
 state, formats, random words, checks, and for every leaf the tiled update that decodes, applies the rule, and encodes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from lpmm_optax import _codec
 from lpmm_optax import _deterministic
 from lpmm_optax import _format
 from lpmm_optax import _random
+from lpmm_optax import _sharding
 from lpmm_optax import _tiles
 from lpmm_optax._format import Format
 
@@ -54,7 +58,7 @@ class LowPrecisionState(NamedTuple):
       never updated (integers, 0-size) hold `optax.MaskedNode()`.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # As in Optax's states; tuples have a method of that name.
   key: jax.Array
   fields: dict[str, Any]
 
@@ -91,8 +95,8 @@ def field_formats(formats: Formats, fields: tuple[str, ...]) -> dict[str, Format
     if format is not None and not format.signed:
       raise ValueError(f'formats[{name!r}]: {format} stores nonnegative values only')
   return {
-      name: format and format.with_block_size(_format.STATE_BLOCK_SIZE)
-      for name, format in (dict.fromkeys(fields) | dict(formats)).items()
+    name: format and format.with_block_size(_format.STATE_BLOCK_SIZE)
+    for name, format in (dict.fromkeys(fields) | dict(formats)).items()
   }
 
 
@@ -125,7 +129,7 @@ def _flatten_like(treedef: Any, paths: list[str], tree: Any, what: str) -> list[
     missing = [path for path in paths if path not in found]
     surplus = [path for path in found if path not in paths]
     detail = '; '.join(
-        [f'{path} is missing' for path in missing[:1]] + [f'{path} is not a parameter' for path in surplus[:1]]
+      [f'{path} is missing' for path in missing[:1]] + [f'{path} is not a parameter' for path in surplus[:1]]
     )
     raise ValueError(f'{what} and parameters differ in structure: {detail or jax.tree.structure(tree)}') from None
 
@@ -141,15 +145,15 @@ def _check_gradient(path: str, gradient: Any, param: Any) -> jax.Array:
 
 
 def update_leaf(
-    rule: Rule,
-    gradient: jax.Array,
-    param: Any,
-    fields: Fields,
-    hyperparams: dict[str, jax.Array],
-    words: jax.Array,
-    zero: jax.Array,
-    in_place: bool,
-    tile_size: int,
+  rule: Rule,
+  gradient: jax.Array,
+  param: Any,
+  fields: Fields,
+  hyperparams: dict[str, jax.Array],
+  words: jax.Array,
+  zero: jax.Array,
+  in_place: bool,
+  tile_size: int,
 ) -> tuple[Any, Fields]:
   """One leaf's update.
 
@@ -193,7 +197,7 @@ def update_leaf(
     values = {name: codecs[name].decode(writes[name]) for name in fields}
     value = codecs['param'].decode(old)
     delta, values = rule.update(cells.split(reads['gradient']).astype(dtype), value, values, hyperparams)
-    payload = codecs['param'].encode(value + delta, bits('param', coordinates), old, delta)
+    payload = codecs['param'].encode(value + delta, bits('param', coordinates), _codec.Change(old, delta))
     return payload, values
 
   def second(coordinates, carried):
@@ -214,22 +218,20 @@ def update_leaf(
       return result | {'delta': _codec.subtract(new, old)}
     return result | {'delta': _codec.Stored(payload.extra)}
 
-  stages = tuple(_deterministic.uncontracted(stage, zero) for stage in (first, second, last))
-  reads = {'gradient': gradient}
+  first, second, last = (_deterministic.uncontracted(stage, zero) for stage in (first, second, last))
+  reads: dict[str, Any] = {'gradient': gradient}
   writes = {name: _array.stored(leaf) for name, leaf in fields.items()}
   if in_place:
     writes['param'] = _array.stored(param)
   else:
     reads['param'] = _array.stored(param)
     writes['delta'] = jax.tree.map(jnp.zeros_like, reads['param'])
-  writes = _tiles.update_in_place(tiling, zero, stages, reads, writes)
+  writes = _tiles.update_in_place(tiling, zero, (first, second, last), reads, writes)
   new = _array.with_stored(param, writes['param' if in_place else 'delta'])
   return new, {name: _array.with_stored(leaf, writes[name]) for name, leaf in fields.items()}
 
 
-def from_rule(
-    rule: Rule, formats: Formats, key: jax.Array | None, tile_size: int | None
-) -> InPlaceTransformation:
+def from_rule(rule: Rule, formats: Formats, key: jax.Array | None, tile_size: int | None) -> InPlaceTransformation:
   """An Optax transformation that applies `rule` to parameters and state as they are stored.
 
   Args:
@@ -256,8 +258,8 @@ def from_rule(
   def init(params):
     paths, leaves, treedef = _flatten(params)
     fields = {
-        name: treedef.unflatten([init_field(*item, format) for item in zip(paths, leaves, strict=True)])
-        for name, format in formats.items()
+      name: treedef.unflatten([init_field(*item, format) for item in zip(paths, leaves, strict=True)])
+      for name, format in formats.items()
     }
     return LowPrecisionState(jnp.zeros((), jnp.int32), raw_key, fields)
 
@@ -266,19 +268,20 @@ def from_rule(
       raise ValueError(f'{rule.name} needs the parameters: call update(gradients, state, params)')
     if not isinstance(state, LowPrecisionState) or set(state.fields) != set(rule.fields):
       raise TypeError(
-          f'{rule.name} got a state of type {type(state).__name__} that it did not create; call its init, and see that '
-          'the chain that made the state is the one that uses it'
+        f'{rule.name} got a state of type {type(state).__name__} that it did not create; call its init, and see that '
+        'the chain that made the state is the one that uses it'
       )
     paths, leaves, treedef = _flatten(params)
     gradients = _flatten_like(treedef, paths, gradients, 'gradients')
     old_fields = {
-        name: _flatten_like(treedef, paths, tree, f'state field {name!r}') for name, tree in state.fields.items()
+      name: _flatten_like(treedef, paths, tree, f'state field {name!r}') for name, tree in state.fields.items()
     }
     hyperparams = rule.hyperparams(state.count)
-    words = _random.slot_words(state.key, state.count, paths, 1 + len(rule.fields)) if paths else []
+    words = _random.slot_words(state.key, state.count, paths, 1 + len(rule.fields))
     zero = _deterministic.runtime_zero(state.count)
     size = tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves))
-    new_leaves, new_fields = [], {name: [] for name in rule.fields}
+    new_leaves: list[Any] = []
+    new_fields: dict[str, list[Any]] = {name: [] for name in rule.fields}
     for i, (path, leaf, gradient) in enumerate(zip(paths, leaves, gradients, strict=True)):
       fields = {name: old_fields[name][i] for name in rule.fields}
       if _is_passive(leaf):
@@ -288,14 +291,16 @@ def from_rule(
           if getattr(field, 'shape', None) != leaf.shape:
             raise ValueError(f'{path}: state field {name!r} is {field!r}, which does not fit shape {leaf.shape}')
         gradient = _check_gradient(path, gradient, leaf)
-        new, fields = update_leaf(rule, gradient, leaf, fields, hyperparams, words[i], zero, in_place, size)
+        update_one = functools.partial(update_leaf, rule, in_place=in_place, tile_size=size)
+        arrays = (gradient, leaf, fields, hyperparams, words[i], zero)
+        new, fields = _sharding.follow(update_one, _array.stored(leaf).codes, *arrays)
       new_leaves.append(new)
       for name in rule.fields:
         new_fields[name].append(fields[name])
     new_state = LowPrecisionState(
-        optax.safe_increment(state.count),
-        state.key,
-        {name: treedef.unflatten(values) for name, values in new_fields.items()},
+      optax.safe_increment(state.count),
+      state.key,
+      {name: treedef.unflatten(values) for name, values in new_fields.items()},
     )
     return treedef.unflatten(new_leaves), new_state
 

@@ -1,0 +1,11 @@
+"""Strict settings for every test: eight CPU devices, no implicit dtype or rank promotion, warnings as errors."""
+
+import os
+
+os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+import jax
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -1,0 +1,193 @@
+"""The same bits whatever the route, the tile size, the mesh, and the number of devices."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+import lpmm_optax as lpmm
+from lpmm_optax import _deterministic
+from lpmm_optax import _tiles
+
+SHAPE = (256, 1024)
+
+
+def start(format=lpmm.INT8, shape=SHAPE):
+  return lpmm.quantize({'w': jax.random.normal(jax.random.key(0), shape), 'b': jnp.ones(8)}, format)
+
+
+def gradient(i, shape=SHAPE):
+  key = jax.random.fold_in(jax.random.key(1), i)
+  return {'w': jax.random.normal(key, shape) * 0.3, 'b': jnp.full(8, 0.1)}
+
+
+def run(tx, params, steps=4, route='step', place=lambda x: x, shape=SHAPE):
+  state = jax.jit(tx.init)(params)
+
+  @jax.jit
+  def one(params, state, grads):
+    if route == 'step':
+      return lpmm.step(tx, grads, params, state)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  for i in range(steps):
+    params, state = one(params, state, place(gradient(i, shape)))
+  return params, state
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4, lpmm.INT16, lpmm.BFLOAT16], ids=str)
+@pytest.mark.parametrize('feedback', [True, False])
+def test_step_equals_update_and_apply_updates(format, feedback):
+  tx = lpmm.sgdm(0.1, weight_decay=0.01, error_feedback=feedback, tile_size=2**14)
+  assert_same_bits(run(tx, start(format), route='step'), run(tx, start(format), route='update'))
+
+
+@pytest.mark.parametrize('shape', [SHAPE, (3, 3, 64, 96), (131072,), (8, 127, 192), (320, 100)])
+def test_no_result_depends_on_the_tile_size(shape):
+  tx = functools.partial(lpmm.sgdm, 0.1, weight_decay=0.01)
+  whole = run(tx(tile_size=2**30), start(shape=shape), shape=shape)
+  for tile_size in (1, 2**12, 10000, 2**15):
+    assert_same_bits(run(tx(tile_size=tile_size), start(shape=shape), shape=shape), whole)
+
+
+def test_tiles_are_as_small_as_asked_and_cover_the_array():
+  tiling = _tiles.choose_tiling((4096, 4096), [(1, 64), (1, 128)], 2**18)
+  assert (tiling.axis, tiling.groups * tiling.steps, tiling.groups) == (0, 8 * 64, 8)
+  assert tiling.tile_shape == (64, 4096)
+  x = jnp.arange(24 * 6).reshape(24, 6)
+  tiling = _tiles.choose_tiling((24, 6), [], 36)
+  assert tiling.steps == 3  # 24 = 8 groups (one per device) of 3; the smallest tiles there are have 8 rows.
+  y = jnp.zeros_like(x)
+  for step in range(tiling.steps):
+    tile = tiling.take(x, jnp.int32(step))
+    rows = np.asarray(tiling.coordinates(jnp.int32(step))[0])
+    np.testing.assert_array_equal(tile, x[rows])
+    y = tiling.put(y, tile, jnp.int32(step))
+  np.testing.assert_array_equal(x, y)
+
+
+MESHES = {'8': ((8, 1), ('x', 'y')), '4x2': ((4, 2), ('x', 'y')), '1x2': ((1, 2), ('x', 'y'))}
+SPECS = [P('x', None), P(None, 'x'), P('x', 'y'), P(('x', 'y'), None), P(None, ('x', 'y')), P()]
+
+
+@pytest.fixture(scope='module')
+def on_one_device():
+  return run(lpmm.sgdm(0.1, tile_size=2**14), start())
+
+
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize('spec', SPECS, ids=str)
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+def test_every_sharding_gives_the_same_bits_without_communication(mesh, spec, axis_type, on_one_device):
+  sizes, names = MESHES[mesh]
+  devices = jax.devices()[: sizes[0] * sizes[1]]
+  mesh = jax.make_mesh(sizes, names, axis_types=(axis_type,) * 2, devices=devices)
+  replicated = NamedSharding(mesh, P())
+  place = lambda tree: {
+    'w': jax.device_put(tree['w'], NamedSharding(mesh, spec)),
+    'b': jax.device_put(tree['b'], replicated),
+  }
+  tx = lpmm.sgdm(0.1, tile_size=2**14)
+  with jax.set_mesh(mesh):
+    params = place(start())
+    new, state = run(tx, params, place=place)
+    compiled = jax.jit(functools.partial(lpmm.step, tx)).lower(place(gradient(0)), params, state).compile().as_text()
+  assert_same_bits((new, state), on_one_device)
+  assert not re.search(r'all-gather|all-to-all|all-reduce|collective-permute', compiled)
+  assert re.search(r'while\(', compiled)
+  local = {
+    name: x.addressable_shards[0].data.size
+    for name, x in (('codes', new['w'].codes), ('momentum', state.fields['trace']['w'].codes))
+  }
+  shards = NamedSharding(mesh, spec).shard_shape(SHAPE)
+  assert local == {'codes': shards[0] * shards[1], 'momentum': shards[0] * shards[1]}
+
+
+def test_quantize_follows_the_sharding_of_an_explicit_mesh():
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Explicit,))
+  x = jax.random.normal(jax.random.key(0), SHAPE)
+  sharded = jax.device_put(x, NamedSharding(mesh, P('x', None)))
+  key = jax.random.key(1)
+  q = lpmm.quantize(sharded, lpmm.INT8, key=key)
+  assert q.sharding.spec == q.scales.sharding.spec == P('x', None)
+  assert_same_bits(q, lpmm.quantize(x, lpmm.INT8, key=key))
+  np.testing.assert_array_equal(
+    np.asarray(lpmm.dequantize(q)), np.asarray(lpmm.dequantize(lpmm.quantize(x, lpmm.INT8, key=key)))
+  )
+
+
+def contracted_products(fn, *args):
+  """How often a and b differ from the twice rounded a * b + c, over many values."""
+  a, b, c = args
+  exact = np.float32(np.asarray(a) * np.asarray(b)) + np.asarray(c)
+  return int(np.sum(np.asarray(jax.jit(fn)(*args)) != exact))
+
+
+def test_uncontracted_products_are_rounded_and_others_are_not():
+  args = tuple(jax.random.normal(jax.random.key(i), (4096,)) for i in range(3))
+  fused = lambda a, b, c: a * b + c
+  guarded = lambda a, b, c, count: _deterministic.uncontracted(fused, _deterministic.runtime_zero(count))(a, b, c)
+  count = jnp.int32(3)
+  assert contracted_products(lambda *args: guarded(*args, count), *args) >= 0
+  exact = np.float32(np.asarray(args[0]) * np.asarray(args[1])) + np.asarray(args[2])
+  np.testing.assert_array_equal(jax.jit(guarded)(*args, count), exact)
+  # The reason for the guard: without it this compiler contracts.
+  assert contracted_products(fused, *args) > 0
+
+
+def test_a_run_can_be_cut_anywhere():
+  tx = lpmm.sgdm(0.1)
+  whole = run(tx, start(), steps=4)
+  params, state = run(tx, start(), steps=2)
+  params, state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), (params, state))
+  for i in (2, 3):
+    params, state = lpmm.step(tx, gradient(i), params, state)
+  assert_same_bits((params, state), whole)
+
+
+def test_different_keys_give_different_runs_of_the_same_quality():
+  a, _ = run(lpmm.sgdm(0.1, key=jax.random.key(1)), start())
+  b, _ = run(lpmm.sgdm(0.1, key=jax.random.key(2)), start())
+  assert np.mean(np.asarray(a['w'].codes != b['w'].codes)) > 0.1
+  difference = lpmm.dequantize(a)['w'] - lpmm.dequantize(b)['w']
+  assert float(jnp.max(jnp.abs(difference))) < 0.2
+
+
+@pytest.mark.parametrize('route', ['step', 'update'])
+def test_the_step_exports_for_every_platform_with_the_same_bits(route):
+  tx = lpmm.sgdm(optax.cosine_decay_schedule(0.1, 100), weight_decay=1e-4, tile_size=2**16)
+  params = start(shape=(512, 512))
+  state = tx.init(params)
+
+  @jax.jit
+  def train_step(codes, key_data, count, x):
+    del key_data
+    params = jax.tree.unflatten(jax.tree.structure(start(shape=(512, 512))), codes)
+    loss = lambda dense: jnp.mean((x @ dense['w']) ** 2) + jnp.sum(dense['b'] ** 2)
+    grads = jax.grad(loss)(lpmm.dequantize(params))
+    local = state._replace(count=count)
+    if route == 'step':
+      params, new_state = lpmm.step(tx, grads, params, local)
+    else:
+      updates, new_state = tx.update(grads, local, params)
+      params = optax.apply_updates(params, updates)
+    return jax.tree.leaves(params), jax.tree.leaves(new_state)
+
+  args = (jax.tree.leaves(params), state.key, state.count, jax.random.normal(jax.random.key(5), (16, 512)))
+  exported = jax.export.export(train_step, platforms=['cpu', 'cuda', 'rocm', 'tpu'])(*args)
+  assert exported.platforms == ('cpu', 'cuda', 'rocm', 'tpu')
+  loaded = jax.export.deserialize(exported.serialize())
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(loaded.call)(*args), train_step(*args))
