@@ -15,6 +15,7 @@ from lpmm_optax._format import Format
 from lpmm_optax._report import MemoryReport
 from lpmm_optax._report import memory_report
 from lpmm_optax._sgdm import sgdm
+from lpmm_optax._step import apply_if_finite
 from lpmm_optax._step import chain
 from lpmm_optax._step import step
 from lpmm_optax._transform import InPlaceTransformation
@@ -36,6 +37,7 @@ __all__ = [
   'LowPrecisionState',
   'MemoryReport',
   'QuantizedArray',
+  'apply_if_finite',
   'chain',
   'dequantize',
   'is_quantized',

@@ -65,6 +65,25 @@ class QuantizedArray:
     return f'QuantizedArray({jnp.dtype(self.dtype).name}{list(self.shape)} as {self.format})'
 
 
+_WRAPPERS: dict[type, Callable[[Any], Any]] = {}
+
+
+def register_wrapper(wrapper: type, content: Callable[[Any], Any]) -> None:
+  """Makes `unwrap` replace every node of a pytree of type `wrapper` by its content."""
+  _WRAPPERS[wrapper] = content
+
+
+def unwrap(tree: Any) -> Any:
+  """The tree without framework objects that wrap single arrays, such as `flax.nnx.Variable`."""
+  is_wrapper = lambda x: isinstance(x, tuple(_WRAPPERS))
+
+  def content(x):
+    found = next((get for wrapper, get in _WRAPPERS.items() if isinstance(x, wrapper)), None)
+    return x if found is None else found(x)
+
+  return jax.tree.map(content, tree, is_leaf=is_wrapper)
+
+
 def is_quantized(leaf: Any) -> bool:
   """Whether a leaf is a `QuantizedArray`.
 

@@ -200,7 +200,7 @@ class LinearCodec:
       change: value = decode(change.old) + change.delta; None for a value of its own.
 
     Returns:
-      A word per element, code * 2^fraction_bits + (rounding error), and the block scales.
+      A word per element, the code above the rounding error (a sign and fraction_bits), and the block scales.
     """
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
     value = jnp.where(value == value, value, np.float32(np.inf))
@@ -215,10 +215,11 @@ class LinearCodec:
       # A fresh scale exceeds absmax / max_code by at most 2^-7, and rounding takes the largest code down one at most.
       kept = (absmax <= limit) & (absmax >= old_scale * np.float32(max_code * 128 // 129))
       scale = jnp.where(kept, old_scale, scale)
-      near = jnp.abs(delta) <= self.blocks.spread(jnp.where(kept, limit, np.float32(-1)))
-      target = jnp.where(near, delta, value)
+      # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
+      kept = self.blocks.spread(kept)
+      target = jnp.where(kept, delta, value)
       codes = self.blocks.cells.split(old.codes).astype(jnp.int32)
-      base = jnp.where(near, codes, jnp.int32(0)) << fraction_bits
+      base = jnp.where(kept, codes << fraction_bits, jnp.int32(0))
     per_unit = reciprocal(scale) * np.float32(2.0**fraction_bits)
     fixed = lax.round(target * self.blocks.spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
     top = max_code << fraction_bits
@@ -230,15 +231,15 @@ class LinearCodec:
       # A second moment that rounds to zero divides by epsilon alone.
       code = jnp.where(value > 0, jnp.maximum(code, 1), code)
     code = code << fraction_bits
-    error = ((fixed - code) >> 1) & jnp.int32((1 << fraction_bits) - 1)
-    return Payload(code | error, to_bfloat16_bits(scale))
+    error = (fixed - code) & jnp.int32((2 << fraction_bits) - 1)
+    return Payload((code << 1) | error, to_bfloat16_bits(scale))
 
   def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
     """What to store, codes in cell view, and the error (wanted - stored) of the linear grid, float32 in cell view."""
     fraction_bits = self.format.fraction_bits
-    codes = (payload.word >> fraction_bits).astype(self.format.code_dtype)
-    error = (payload.word << (32 - fraction_bits)) >> (32 - fraction_bits)
-    error = error.astype(jnp.float32) * np.float32(2.0 ** (1 - fraction_bits))
+    codes = (payload.word >> (fraction_bits + 1)).astype(self.format.code_dtype)
+    error = (payload.word << (31 - fraction_bits)) >> (31 - fraction_bits)
+    error = error.astype(jnp.float32) * np.float32(2.0**-fraction_bits)
     return Stored(codes, payload.extra), error * self.blocks.spread(from_bfloat16_bits(payload.extra))
 
 

@@ -7,6 +7,7 @@ from flax import nnx
 from flax import serialization
 
 from lpmm_optax._array import QuantizedArray
+from lpmm_optax._array import register_wrapper
 
 
 def _to_state_dict(x: QuantizedArray) -> dict[str, Any]:
@@ -21,3 +22,6 @@ def _from_state_dict(x: QuantizedArray, state: dict[str, Any]) -> QuantizedArray
 
 serialization.register_serialization_state(QuantizedArray, _to_state_dict, _from_state_dict)
 nnx.register_data_type(QuantizedArray)
+# `nnx.Optimizer` takes its state apart at every step; a pytree inside a Variable comes back as a dict, while one of
+# Variables comes back as it was. So the state is built without the parameters' Variables, and nnx puts its own inside.
+register_wrapper(nnx.Variable, lambda variable: variable.get_raw_value())

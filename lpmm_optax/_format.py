@@ -93,8 +93,12 @@ class Format:
 
   @property
   def fraction_bits(self) -> int:
-    """Random bits per rounding: all that fit beside the code in an int32, 24 at most."""
-    return min(24, 31 - (self.bits - self.signed))
+    """Random bits per rounding: as many as leave room for a code, twice over, and a sign in an int32.
+
+    22 for 4- and 8-bit codes, 21 unsigned, and 14 for 16-bit ones, where code and fraction together already resolve
+    more than the 24 bits of a float32.
+    """
+    return min(22, 29 - (self.bits - self.signed))
 
   def with_block_size(self, default: int) -> 'Format':
     """This format with an unset block size replaced by `default`."""

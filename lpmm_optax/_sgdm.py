@@ -25,6 +25,19 @@ def _why_no_feedback(formats: dict[str, Format | None], momentum: Any, nesterov:
   return None
 
 
+def _scalar(name: str, value: Any) -> jax.Array:
+  """A hyperparameter in float; refuses one that was cast to the integer type of quantized parameters."""
+  if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jnp.floating):
+    raise TypeError(
+      f'{name} has dtype {value.dtype}: optax.inject_hyperparams takes it from the parameters, whose codes are '
+      'integers, unless it is given hyperparam_dtype=jnp.float32'
+    )
+  value = jnp.asarray(value, float)
+  if value.shape:
+    raise ValueError(f'{name} must be a scalar, got shape {value.shape}')
+  return value
+
+
 def _heavy_ball(nesterov: bool):
   """Optax's form: m <- b m + g, w <- w - lr m."""
 
@@ -141,10 +154,10 @@ def sgdm(
     error_feedback = problem is None and by_field['trace'] is not None
 
   def hyperparams(count):
-    rate = jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate, float)
-    hyper = {'learning_rate': rate, 'weight_decay': jnp.asarray(weight_decay, float)}
+    rate = _scalar('learning_rate', learning_rate(count) if callable(learning_rate) else learning_rate)
+    hyper = {'learning_rate': rate, 'weight_decay': _scalar('weight_decay', weight_decay)}
     if has_trace:
-      decay = jnp.asarray(momentum, float)
+      decay = _scalar('momentum', momentum)
       hyper |= {'momentum': decay}
       if error_feedback:
         frozen = rate == 0

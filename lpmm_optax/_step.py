@@ -1,7 +1,10 @@
-"""`step` and `chain`: the path that updates parameters in place, without a tree of deltas."""
+"""`step`, and `chain` and `apply_if_finite` that keep it: parameters updated in place, without a tree of deltas."""
 
 from typing import Any
 
+import jax
+from jax import lax
+import jax.numpy as jnp
 import optax
 
 from lpmm_optax import _transform
@@ -76,3 +79,60 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
     return params, (*new_states, last_state)
 
   return _transform.InPlaceTransformation(chained.init, optax.with_extra_args_support(chained).update, chained_step)
+
+
+def _all_finite(x: jax.Array) -> jax.Array:
+  """Whether an array is free of NaN and Inf, of which x - x makes NaN; XLA on CPU would store the mask of isfinite."""
+  return jnp.sum(x - x) == 0
+
+
+def apply_if_finite(
+  inner: _transform.InPlaceTransformation, max_consecutive_errors: int
+) -> _transform.InPlaceTransformation:
+  """`optax.apply_if_finite` for an optimizer of this package: a step whose gradients are not all finite is skipped.
+
+  Optax's own rejects a step with an update made of the gradients, zeroed, which is of another structure than deltas of
+  quantized parameters; this one rejects it with zero deltas. A skipped step leaves parameters and inner state, its step
+  count included, as they were, bit for bit.
+
+  Args:
+    inner: an optimizer of this package, or a `chain`.
+    max_consecutive_errors: how many steps in a row to skip; the next is applied whatever its gradients.
+
+  Returns:
+    A transformation with the state of Optax's (`optax.ApplyIfFiniteState`), and an in-place step.
+
+  Raises:
+    TypeError: if inner is not an optimizer of this package.
+
+  >>> import jax.numpy as jnp, lpmm_optax as lpmm
+  >>> params, tx = {'w': jnp.ones(2)}, lpmm.apply_if_finite(lpmm.sgdm(0.5), 3)
+  >>> params, state = lpmm.step(tx, {'w': jnp.array([1.0, jnp.nan])}, params, tx.init(params))
+  >>> params['w'].tolist(), int(state.total_notfinite)
+  ([1.0, 1.0], 1)
+  """
+  if not isinstance(inner, _transform.InPlaceTransformation):
+    raise TypeError('lpmm.apply_if_finite wraps an lpmm_optax optimizer; for others there is optax.apply_if_finite')
+
+  def guard(gradients, params, state, advance, rejected):
+    finite = jnp.all(jnp.array([_all_finite(g) for g in jax.tree.leaves(gradients)], bool))
+    consecutive = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
+    new, inner_state = lax.cond(
+      finite | (consecutive > max_consecutive_errors),
+      advance,
+      lambda params, inner_state: (rejected(params), inner_state),
+      params,
+      state.inner_state,
+    )
+    total = jnp.where(finite, state.total_notfinite, optax.safe_increment(state.total_notfinite))
+    return new, optax.ApplyIfFiniteState(consecutive, finite, total, inner_state)
+
+  def update(gradients, state, params=None, **extra_args):
+    advance = lambda params, inner_state: inner.update(gradients, inner_state, params, **extra_args)
+    return guard(gradients, params, state, advance, lambda params: jax.tree.map(jnp.zeros_like, params))
+
+  def in_place(gradients, params, state, **extra_args):
+    advance = lambda params, inner_state: inner.step(gradients, params, inner_state, **extra_args)
+    return guard(gradients, params, state, advance, lambda params: params)
+
+  return _transform.InPlaceTransformation(optax.apply_if_finite(inner, max_consecutive_errors).init, update, in_place)

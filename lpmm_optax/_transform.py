@@ -256,7 +256,7 @@ def from_rule(rule: Rule, formats: Formats, key: jax.Array | None, tile_size: in
     return _array.empty(leaf, format)
 
   def init(params):
-    paths, leaves, treedef = _flatten(params)
+    paths, leaves, treedef = _flatten(_array.unwrap(params))
     fields = {
       name: treedef.unflatten([init_field(*item, format) for item in zip(paths, leaves, strict=True)])
       for name, format in formats.items()

@@ -117,7 +117,7 @@ def test_virtual_weights_follow_exact_sgd_under_feedback(learning_rate):
   rates = np.array([schedule(i) for i in range(steps)], np.float64)
   moved = np.einsum('i,ijk->jk', rates, np.asarray(grads['kernel'], np.float64)) / (1 - b)
   exact = np.asarray(lpmm.dequantize(start)['kernel'], np.float64) - moved
-  # The residual is carried to 2^-23 of a grid step; what remains is float32 rounding of the velocity.
+  # The residual is carried to 2^-22 of a grid step; what remains is float32 rounding of the velocity.
   np.testing.assert_allclose(virtual, exact, atol=2e-4)
   plain, _ = train(lpmm.sgdm(learning_rate, b, formats=None, error_feedback=False), start, grads)
   dense, _ = train(lpmm.sgdm(learning_rate, b, formats=None), lpmm.dequantize(start), grads)

@@ -1,0 +1,321 @@
+"""Where users put it: stock Optax, Flax, and JAX's transformations; each against `lpmm.step`, bit for bit."""
+
+import functools
+
+import chex
+from flax import nnx
+from flax import serialization
+import flax.linen as nn
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lpmm_optax as lpmm
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class Mlp(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(1)(nn.relu(nn.Dense(256)(x)))
+
+
+X = jax.random.normal(jax.random.key(10), (32, 64))
+Y = jnp.sin(X[:, :1])
+MODEL = Mlp()
+DENSE = MODEL.init(jax.random.key(0), X)['params']
+
+
+def loss_of(weights):
+  return jnp.mean((MODEL.apply({'params': weights}, X) - Y) ** 2)
+
+
+def optimizer(**kwargs):
+  return lpmm.chain(optax.clip_by_global_norm(1.0), lpmm.sgdm(0.05, **kwargs))
+
+
+def trained_in_place(format, steps=5):
+  """Losses, parameters and state of the plain loop that everything here is compared with."""
+  tx = optimizer()
+  params = lpmm.quantize(DENSE, format)
+
+  @jax.jit
+  def one(params, state):
+    loss, grads = jax.value_and_grad(loss_of)(lpmm.dequantize(params))
+    return loss, *lpmm.step(tx, grads, params, state)
+
+  state, losses = tx.init(params), []
+  for _ in range(steps):
+    loss, params, state = one(params, state)
+    losses.append(float(loss))
+  return losses, params, state
+
+
+@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4], ids=str)
+def test_stock_optax_chain_and_apply_updates(format):
+  tx = optax.chain(optax.clip_by_global_norm(1.0), lpmm.sgdm(0.05))
+  params = lpmm.quantize(DENSE, format)
+  state = tx.init(params)
+
+  @jax.jit
+  def one(params, state):
+    grads = jax.grad(loss_of)(lpmm.dequantize(params))
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  for _ in range(5):
+    params, state = one(params, state)
+  losses, expected, expected_state = trained_in_place(format)
+  assert_same_bits((params, state), (expected, expected_state))
+  assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4], ids=str)
+def test_linen_train_state_apply_gradients(format):
+  state = train_state.TrainState.create(apply_fn=MODEL.apply, params=lpmm.quantize(DENSE, format), tx=optimizer())
+
+  @jax.jit
+  def one(state):
+    return state.apply_gradients(grads=jax.grad(loss_of)(lpmm.dequantize(state.params)))
+
+  for _ in range(5):
+    state = one(state)
+  _, expected, expected_state = trained_in_place(format)
+  assert_same_bits((state.params, state.opt_state), (expected, expected_state))
+
+
+class NnxMlp(nnx.Module):
+  def __init__(self):
+    self.hidden = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
+    self.out = nnx.Linear(256, 1, rngs=nnx.Rngs(1))
+
+  def __call__(self, x):
+    return self.out(nnx.relu(self.hidden(x)))
+
+
+@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4], ids=str)
+def test_nnx_optimizer_update(format):
+  model = NnxMlp()
+  graph = nnx.graphdef(model)
+  params = lpmm.quantize(nnx.as_pure(nnx.state(model, nnx.Param)), format)
+  nnx.update(model, params)
+  optimizer_ = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
+
+  def gradients(params):
+    loss_of = lambda weights: jnp.mean((nnx.merge(graph, weights)(X) - Y) ** 2)
+    return jax.value_and_grad(loss_of)(lpmm.dequantize(params))
+
+  @nnx.jit
+  def one(model, optimizer_):
+    loss, grads = gradients(nnx.state(model, nnx.Param))
+    optimizer_.update(model, grads)
+    return loss
+
+  tx = optimizer()
+
+  @jax.jit
+  def expected(params, state):
+    loss, grads = gradients(params)
+    return loss, *lpmm.step(tx, grads, params, state)
+
+  state, losses = tx.init(params), []
+  for _ in range(5):
+    losses.append(float(one(model, optimizer_)))
+    loss, params, state = expected(params, state)
+    assert float(loss) == losses[-1]
+  assert losses[-1] < losses[0]
+  assert lpmm.is_quantized(model.hidden.kernel.get_value())
+  assert_same_bits(nnx.as_pure(nnx.state(model, nnx.Param)), params)
+  assert_same_bits(nnx.as_pure(optimizer_.opt_state), state)
+
+
+def test_flax_serialization_round_trip_continues_with_the_same_bits():
+  _, params, state = trained_in_place(lpmm.INT8, steps=2)
+  data = serialization.to_bytes((params, state))
+  fresh = lpmm.quantize(jax.tree.map(jnp.zeros_like, DENSE), lpmm.INT8)
+  restored = serialization.from_bytes((fresh, optimizer().init(fresh)), data)
+  assert_same_bits(restored, (params, state))
+  other = lpmm.quantize(DENSE, lpmm.BFLOAT16)
+  with pytest.raises(ValueError, match=r'bfloat16.*scales'):
+    serialization.from_bytes((other, state), data)
+
+
+def test_scan_cond_and_fori_loop():
+  tx = optimizer()
+  start = lpmm.quantize(DENSE, lpmm.INT8)
+
+  def one(carry):
+    params, state = carry
+    return lpmm.step(tx, jax.grad(loss_of)(lpmm.dequantize(params)), params, state)
+
+  expected = trained_in_place(lpmm.INT8)[1:]
+  carry = (start, tx.init(start))
+  scanned = jax.jit(lambda c: jax.lax.scan(lambda c, _: (one(c), None), c, length=5)[0])(carry)
+  assert_same_bits(scanned, expected)
+  every_other = lambda i, c: jax.lax.cond(i % 2 == 0, one, lambda c: c, c)
+  looped = jax.jit(lambda c: jax.lax.fori_loop(0, 10, every_other, c))(carry)
+  assert_same_bits(looped, expected)
+
+
+def test_vmap_over_seeds_equals_separate_runs():
+  seeds = 3
+  grads = jax.random.normal(jax.random.key(1), (seeds, 64, 256))
+
+  def run(key, grad):
+    tx = lpmm.sgdm(0.05, key=key, tile_size=2**13)
+    params = lpmm.quantize({'w': jnp.ones((64, 256))}, lpmm.INT8)
+    one = lambda carry, _: (lpmm.step(tx, {'w': grad}, *carry), None)
+    return jax.lax.scan(one, (params, tx.init(params)), length=4)[0]
+
+  keys = jax.random.split(jax.random.key(2), seeds)
+  together = jax.jit(jax.vmap(run))(keys, grads)
+  for i in range(seeds):
+    alone = jax.jit(run)(keys[i], grads[i])
+    assert_same_bits(jax.tree.map(lambda x, i=i: x[i], together), alone)
+
+
+def test_init_and_update_work_on_shapes_alone():
+  tx = optimizer()
+  params = lpmm.quantize(DENSE, lpmm.INT8)
+  state = tx.init(params)
+  abstract = jax.eval_shape(lambda x: lpmm.quantize(x, lpmm.INT8), DENSE)
+  shape_of = lambda x: (x.shape, x.dtype)
+  for made in (tx.init(abstract), jax.eval_shape(tx.init, abstract)):
+    assert jax.tree.map(shape_of, made) == jax.tree.map(shape_of, state)
+  new_params, new_state = jax.eval_shape(functools.partial(lpmm.step, tx), DENSE, abstract, made)
+  assert jax.tree.map(shape_of, new_params) == jax.tree.map(shape_of, params)
+  assert jax.tree.map(shape_of, new_state) == jax.tree.map(shape_of, state)
+
+
+def test_a_jitted_step_compiles_once():
+  tx = optimizer()
+  params = lpmm.quantize(DENSE, lpmm.INT8)
+  step = jax.jit(chex.assert_max_traces(lambda *args: lpmm.step(tx, *args), n=1))
+  state = tx.init(params)
+  for _ in range(3):
+    params, state = step(DENSE, params, state)
+
+
+@pytest.mark.parametrize('wrapper', ['masked', 'partition', 'inject_hyperparams'])
+def test_optax_wrappers(wrapper):
+  params = lpmm.quantize({'a': jnp.ones((64, 128)), 'b': jnp.ones((64, 128))}, lpmm.INT8)
+  grads = {'a': jnp.full((64, 128), 0.5), 'b': jnp.full((64, 128), 0.25)}
+  inner = lpmm.sgdm(0.1)
+  expected, _ = lpmm.step(inner, grads, params, inner.init(params))
+  if wrapper == 'masked':
+    tx = optax.chain(optax.masked(inner, {'a': True, 'b': False}), optax.masked(inner, {'a': False, 'b': True}))
+  elif wrapper == 'partition':
+    tx = optax.partition({'x': inner, 'y': lpmm.sgdm(0.1)}, {'a': 'x', 'b': 'y'})
+  else:
+    tx = optax.inject_hyperparams(lpmm.sgdm, hyperparam_dtype=jnp.float32)(learning_rate=0.1, momentum=0.9)
+  with jax.numpy_dtype_promotion('standard'):  # inject_hyperparams looks for a common dtype of codes and scales.
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(grads, state, params)
+  assert_same_bits(optax.apply_updates(params, updates), expected)
+
+
+def test_hyperparameters_injected_in_the_dtype_of_codes_are_refused():
+  params = lpmm.quantize({'a': jnp.ones((64, 128))}, lpmm.BFLOAT16)
+  tx = optax.inject_hyperparams(lpmm.sgdm)(learning_rate=0.1)
+  with jax.numpy_dtype_promotion('standard'), pytest.raises(TypeError, match=r'learning_rate.*hyperparam_dtype'):
+    tx.update({'a': jnp.ones((64, 128))}, tx.init(params), params)
+
+
+@pytest.mark.parametrize('route', ['step', 'update'])
+@pytest.mark.parametrize('format', [lpmm.INT8, None], ids=str)
+def test_apply_if_finite_skips_bad_steps_bit_for_bit_and_then_gives_up(route, format):
+  params = {'a': jnp.ones((64, 128)), 'b': jnp.ones((64, 128)), 'bias': jnp.ones(3)}
+  params = lpmm.quantize(params, format) if format else params
+  good = jax.tree.map(lambda p: jnp.full(p.shape, 0.5), params, is_leaf=lpmm.is_quantized)
+  bad = good | {'b': good['b'].at[3, 5].set(jnp.nan)}
+  inner = lpmm.sgdm(0.1)
+  tx = lpmm.chain(optax.clip(1.0), lpmm.apply_if_finite(inner, 2))
+
+  @jax.jit
+  def one(grads, params, state):
+    if route == 'step':
+      return lpmm.step(tx, grads, params, state)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = one(good, params, tx.init(params))
+  for count in (1, 2):
+    skipped, after = one(bad, params, state)
+    assert_same_bits(skipped, params)
+    assert_same_bits(after[1].inner_state, state[1].inner_state)
+    assert int(after[1].notfinite_count) == int(after[1].total_notfinite) == count
+    state = after
+  applied, after = one(good, params, state)
+  assert_same_bits((applied, after[1].inner_state), lpmm.step(inner, good, params, state[1].inner_state))
+  assert int(after[1].notfinite_count) == 0
+  poisoned, _ = one(bad, params, state)
+  assert not np.isfinite(lpmm.dequantize(poisoned)['b'][3, 5])
+
+
+def test_nothing_may_transform_integer_deltas():
+  with pytest.raises(TypeError, match='last'):
+    lpmm.chain(lpmm.sgdm(0.1), optax.scale(2.0))
+  with pytest.raises(ValueError, match='last'):
+    lpmm.chain(lpmm.sgdm(0.1), lpmm.sgdm(0.1))
+
+
+def test_step_takes_any_optax_transformation():
+  tx = optax.sgd(0.1, momentum=0.9)
+  params, state = lpmm.step(tx, DENSE, DENSE, tx.init(DENSE))
+  updates, expected = tx.update(DENSE, tx.init(DENSE), DENSE)
+  assert_same_bits((params, state), (optax.apply_updates(DENSE, updates), expected))
+
+
+def compile_step(step, *args):
+  """Memory of a jitted step that donates its first two arguments, (params, state)."""
+  return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile().memory_analysis()
+
+
+def large_model(tx, format):
+  """Shapes of eight leaves of 4M elements, of their state and of their gradients."""
+  grads = [jax.ShapeDtypeStruct((2048, 2048), jnp.float32)] * 8
+  params = jax.eval_shape(lambda x: lpmm.quantize(x, format), grads) if format else grads
+  return params, jax.eval_shape(tx.init, params), grads
+
+
+def decaying(count):
+  return 0.1 / (1 + count.astype(jnp.float32))
+
+
+@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.BFLOAT16, None], ids=str)
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_the_update_is_in_place(format, wrapped):
+  tx = lpmm.sgdm(decaying, weight_decay=1e-4, formats=lpmm.INT8 if format else None)
+  tx = lpmm.chain(lpmm.apply_if_finite(tx, 3)) if wrapped else tx
+  params, state, grads = large_model(tx, format)
+  memory = compile_step(lambda params, state, grads: lpmm.step(tx, grads, params, state), params, state, grads)
+  total = lpmm.memory_report(params, state).bytes
+  # All but one flag of `apply_if_finite`, which it writes and never reads.
+  assert memory.alias_size_in_bytes == total - wrapped
+  # What is not aliased is a table of pointers to the results.
+  assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 1024
+  assert memory.temp_size_in_bytes < 0.08 * total
+
+
+def test_clipping_in_a_chain_costs_no_memory():
+  plain = lpmm.sgdm(decaying)
+  clipped = lpmm.chain(optax.clip_by_global_norm(1.0), plain)
+  temporaries = {}
+  for name, tx in {'plain': plain, 'clipped': clipped}.items():
+
+    def one(params, state, x, tx=tx):
+      loss = lambda weights: sum(jnp.sum(jnp.tanh(x @ w)) for w in weights)
+      return lpmm.step(tx, jax.grad(loss)(lpmm.dequantize(params)), params, state)
+
+    params, state, _ = large_model(tx, lpmm.INT8)
+    memory = compile_step(one, params, state, jax.ShapeDtypeStruct((16, 2048), jnp.float32))
+    temporaries[name] = memory.temp_size_in_bytes
+  total = lpmm.memory_report(params, state).bytes
+  assert temporaries['clipped'] < temporaries['plain'] + 0.01 * total
