@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -186,6 +187,8 @@ def _choose_format(path: str, leaf: Any, format: Format, where: Where | None) ->
   return chosen.with_block_size(_format.PARAM_BLOCK_SIZE)
 
 
+# Jitted, as is every computation on one leaf: called outside jit, one program per shape instead of one per operation.
+@functools.partial(jax.jit, static_argnames='format')
 def _encode(x: jax.Array, format: Format, word: jax.Array | None) -> QuantizedArray:
   """A dense array in a format; rounded stochastically if a random word is given."""
   target = dataclasses.replace(empty(x, format), dtype=jnp.dtype(x.dtype))
@@ -199,6 +202,7 @@ def _encode(x: jax.Array, format: Format, word: jax.Array | None) -> QuantizedAr
   return with_stored(target, rounded._replace(codes=cells.merge(rounded.codes)))
 
 
+@jax.jit
 def _decode(x: QuantizedArray) -> jax.Array:
   codec = _whole(x)
   return codec_cells(codec).merge(codec.decode(stored(x)))
@@ -248,7 +252,7 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
       return leaf
     word = words[i] if key is not None and chosen.rounding == 'stochastic' else None
     leaf = jnp.asarray(leaf)
-    return _sharding.follow(lambda x, word: _encode(x, chosen, word), leaf, leaf, word)
+    return _sharding.follow(lambda x, word: _encode(x, format=chosen, word=word), leaf, leaf, word)
 
   out = [one(i, path, leaf) for i, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True))]
   return jax.tree.unflatten(treedef, out)

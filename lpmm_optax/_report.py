@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lpmm_optax import _array
 from lpmm_optax import _format
@@ -65,7 +66,7 @@ class MemoryReport:
   @property
   def reduction(self) -> float:
     """The share saved against float32, from 0 to 1."""
-    return 1 - self.bytes / max(self.fp32_bytes, 1)
+    return 1 - self.bytes / self.fp32_bytes if self.fp32_bytes else 0.0
 
   @property
   def groups(self) -> dict[str, int]:
@@ -136,17 +137,20 @@ def memory_report(params: Any, opt_state: Any = ()) -> MemoryReport:
     trace/bias: float32, under 4096 elements
   """
   rows = _rows('params', params, _format.PARAM_BLOCK_SIZE)
-  parameters = sum(row.elements for row in rows if not row.exempt or 'floating' not in row.exempt)
+  leaves = jax.tree.leaves(params, is_leaf=_array.is_quantized)
+  parameters = sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+  like_params = {tuple(leaf.shape) for leaf in leaves} - {()}
   other = 0
   is_ours = lambda x: isinstance(x, _transform.LowPrecisionState)
-  shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=_array.is_quantized)}
-  for path, part in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_ours)[0]:
+  is_leaf = lambda x: is_ours(x) or _array.is_quantized(x)
+  for path, part in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_leaf)[0]:
     if is_ours(part):
       for name, tree in part.fields.items():
         rows += _rows(name, tree, _format.STATE_BLOCK_SIZE)
       other += _array.count_bytes(part.count) + _array.count_bytes(part.key)
-    elif tuple(part.shape) in shapes - {()}:
-      rows += [dataclasses.replace(row, path=_array.path_str(path)) for row in _rows('state', part, 0)]
+    elif tuple(part.shape) in like_params:
+      (row,) = _rows('state', part, _format.STATE_BLOCK_SIZE)
+      rows.append(dataclasses.replace(row, path=_array.path_str(path)))
     else:
       other += _array.count_bytes(part)
   return MemoryReport(tuple(rows), parameters, other)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -104,7 +105,7 @@ def choose_tiling(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_si
   return best
 
 
-def boundary(zero: jax.Array, fn: Callable, *args: Any) -> Any:
+def apart(zero: jax.Array, fn: Callable, *args: Any) -> Any:
   """`fn(*args)`, computed on its own rather than fused into what consumes it.
 
   XLA on CPU fuses a tile's arithmetic into each write of its results. It then runs once per result, and on one thread,
@@ -121,21 +122,43 @@ def boundary(zero: jax.Array, fn: Callable, *args: Any) -> Any:
   return lax.platform_dependent(*args, cpu=branch, default=fn)
 
 
+class Stages(NamedTuple):
+  """An update of one tile, in three functions of tiles.
+
+  Attributes:
+    first: `(coordinates, reads, writes) -> carried`.
+    second: `(coordinates, carried) -> result`.
+    last: `(carried, result, reads) -> new writes`, cheap, for it is fused into each write; its tiles may have any shape
+      that lists the elements in order.
+  """
+
+  first: Callable
+  second: Callable
+  last: Callable
+
+
+def update_whole(stages: Stages, tiling: Tiling, reads: Any, writes: Any) -> Any:
+  """`update_in_place` for a leaf in one tile, whose stages XLA may fuse as it likes."""
+  first, second, last = stages
+  coordinates = tiling.coordinates(jnp.int32(0))
+  carried = first(coordinates, reads, writes)
+  tiles = last(carried, second(coordinates, carried), reads)
+  return jax.tree.map(lambda x, tile: tile.reshape(x.shape), writes, tiles)
+
+
 def update_in_place(
+  stages: Stages,
   tiling: Tiling,
   zero: jax.Array,
-  stages: tuple[Callable, Callable, Callable],
   reads: Any,
   writes: Any,
 ) -> Any:
   """Runs a staged update over all tiles of a leaf.
 
   Args:
+    stages: of the update.
     tiling: of the leaf.
     zero: uint32[], zero at run time.
-    stages: functions of tiles. `first(coordinates, reads, writes) -> carried` and
-      `second(coordinates, carried) -> result` are computed on their own; `last(carried, result, reads) -> new writes`
-      is fused into the writes, so it should be cheap. Its tiles may have any shape that lists the elements in order.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
 
@@ -154,9 +177,12 @@ def update_in_place(
     return second(tiling.coordinates(step), carried)
 
   def body(step, writes):
-    carried = boundary(zero, one, step, reads, writes)
-    result = boundary(zero, two, step, carried)
+    carried = apart(zero, one, step, reads, writes)
+    result = apart(zero, two, step, carried)
     tiles = last(carried, result, take(reads, step))
     return jax.tree.map(lambda x, tile: tiling.put(x, tile, step), writes, tiles)
 
-  return lax.fori_loop(0, tiling.steps, body, writes)
+  # XLA inlines a loop that it knows to run once. Then the tiles of all small leaves would be alive together, for on CPU
+  # it schedules leaves breadth first.
+  steps = tiling.steps if tiling.steps > 1 else 1 + zero.astype(jnp.int32)
+  return lax.fori_loop(0, steps, body, writes)

@@ -173,7 +173,8 @@ def update_leaf(
   """
   leaves = {'param': param, **fields}
   blocks = [block for leaf in leaves.values() for block in _array.blocks_of(leaf)]
-  tiling = _tiles.choose_tiling(param.shape, blocks, tile_size)
+  is_dense = not any(_array.is_quantized(leaf) for leaf in leaves.values())
+  tiling = _tiles.choose_tiling(param.shape, blocks, param.size if is_dense else tile_size)
   cells = _codec.make_cells(tiling.tile_shape, blocks)
   codecs = {name: _array.codec_of(leaf, tiling.tile_shape, cells) for name, leaf in leaves.items()}
   word_of = dict(zip(leaves, words, strict=True))
@@ -218,7 +219,7 @@ def update_leaf(
       return result | {'delta': _codec.subtract(new, old)}
     return result | {'delta': _codec.Stored(payload.extra)}
 
-  first, second, last = (_deterministic.uncontracted(stage, zero) for stage in (first, second, last))
+  stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
   reads: dict[str, Any] = {'gradient': gradient}
   writes = {name: _array.stored(leaf) for name, leaf in fields.items()}
   if in_place:
@@ -226,7 +227,10 @@ def update_leaf(
   else:
     reads['param'] = _array.stored(param)
     writes['delta'] = jax.tree.map(jnp.zeros_like, reads['param'])
-  writes = _tiles.update_in_place(tiling, zero, (first, second, last), reads, writes)
+  if is_dense:  # XLA by itself updates arrays in place that are read and written in one dtype.
+    writes = _tiles.update_whole(stages, tiling, reads, writes)
+  else:
+    writes = _tiles.update_in_place(stages, tiling, zero, reads, writes)
   new = _array.with_stored(param, writes['param' if in_place else 'delta'])
   return new, {name: _array.with_stored(leaf, writes[name]) for name, leaf in fields.items()}
 
@@ -245,6 +249,8 @@ def from_rule(rule: Rule, formats: Formats, key: jax.Array | None, tile_size: in
   """
   formats = field_formats(formats, rule.fields)
   raw_key = _random.raw_key(key)
+  # Traced and, outside jit, compiled once for all leaves of one kind.
+  update_one = jax.jit(functools.partial(update_leaf, rule), static_argnames=('in_place', 'tile_size'))
 
   def init_field(path, leaf, format):
     if _is_passive(leaf):
@@ -291,9 +297,9 @@ def from_rule(rule: Rule, formats: Formats, key: jax.Array | None, tile_size: in
           if getattr(field, 'shape', None) != leaf.shape:
             raise ValueError(f'{path}: state field {name!r} is {field!r}, which does not fit shape {leaf.shape}')
         gradient = _check_gradient(path, gradient, leaf)
-        update_one = functools.partial(update_leaf, rule, in_place=in_place, tile_size=size)
         arrays = (gradient, leaf, fields, hyperparams, words[i], zero)
-        new, fields = _sharding.follow(update_one, _array.stored(leaf).codes, *arrays)
+        one = functools.partial(update_one, in_place=in_place, tile_size=size)
+        new, fields = _sharding.follow(one, _array.stored(leaf).codes, *arrays)
       new_leaves.append(new)
       for name in rule.fields:
         new_fields[name].append(fields[name])

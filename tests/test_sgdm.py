@@ -48,14 +48,11 @@ def assert_trees_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize('momentum', [None, 0.9])
-@pytest.mark.parametrize('nesterov', [False, True])
+@pytest.mark.parametrize(('momentum', 'nesterov'), [(None, False), (0.9, False), (0.9, True)])
 @pytest.mark.parametrize('learning_rate', [0.05, SCHEDULE], ids=['constant', 'schedule'])
 @pytest.mark.parametrize('weight_decay', [0.0, 0.01])
 @pytest.mark.parametrize('use_step', [False, True])
 def test_dense_formats_equal_optax_over_100_steps(momentum, nesterov, learning_rate, weight_decay, use_step):
-  if nesterov and momentum is None:
-    pytest.skip('Nesterov momentum needs momentum')
   reference = optax.chain(
     optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov)
   )
