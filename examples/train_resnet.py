@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 from functools import partial
+import json
 import math
 from pathlib import Path
 import statistics
@@ -100,6 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--seed', type=int, default=0)
   add('--checkpoint-dir', type=Path, metavar='DIR', help='save both runs after every epoch there, and resume from it')
   add('--plot', type=Path, default=Path('out/train_resnet.png'), metavar='FILE', help='(default %(default)s)')
+  add('--results', type=Path, metavar='FILE', help='append settings and results of both runs there, a line of JSON')
   args = parser.parse_args(argv)
 
   for name, value in DEFAULTS[args.dataset].items():
@@ -403,7 +405,9 @@ def show(progress: Progress, bar: TaskID, history: History, steps_per_epoch: int
 def settings(args: argparse.Namespace) -> dict[str, Any]:
   """What must not change between a checkpoint and the run that resumes from it."""
   return {
-    name: value for name, value in vars(args).items() if name not in ('data_dir', 'steps', 'checkpoint_dir', 'plot')
+    name: value
+    for name, value in vars(args).items()
+    if name not in ('data_dir', 'steps', 'checkpoint_dir', 'plot', 'results')
   }
 
 
@@ -504,6 +508,20 @@ def save_plot(file: Path, results: dict[str, dict[str, Any]], title: str) -> Non
   figure.savefig(file, dpi=150)
 
 
+def save_results(file: Path, args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+  """Appends what it takes to reproduce both runs, and their results, without the curves of single steps."""
+  device = jax.devices()[0].device_kind
+  versions = {'jax': jax.__version__, 'optax': optax.__version__, 'lpmm_optax': lpmm.__version__}
+  line = {'settings': settings(args), 'device': device, 'versions': versions}
+  line['results'] = {
+    run: {name: value for name, value in result.items() if name != 'loss'} | {'final_loss': result['loss'][-1]}
+    for run, result in results.items()
+  }
+  file.parent.mkdir(parents=True, exist_ok=True)
+  with file.open('a') as out:
+    out.write(json.dumps(line) + '\n')
+
+
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
   """Runs both and returns, by run: test_accuracy, bytes_per_param, reduction, peak_bytes, step_ms, and the curves."""
   args = parse_args(argv)
@@ -529,6 +547,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
   print_table(console, results)
   save_plot(args.plot, results, f'ResNet-{args.depth} on {args.dataset}, formats={args.formats}')
   console.print(str(args.plot), highlight=False, soft_wrap=True)
+  if args.results is not None:
+    save_results(args.results, args, results)
   return results
 
 

@@ -20,6 +20,9 @@ import numpy as np
 
 from lpmm_optax import _format
 
+_LONGEST_CELL = 32
+_SHORTEST_PART = 8
+
 # Low enough for any gradient; high enough for reciprocal(scale) * 2^24 to be finite.
 _MIN_SCALE = 2.0**-100
 
@@ -74,25 +77,19 @@ class Blocks:
     return repeated.reshape(self.cells.view_shape(per_cell, sizes))
 
   def absmax(self, x: jax.Array) -> jax.Array:
-    """Cell view, without NaN, to the largest magnitude in each block (a maximum on CPU may pass over NaN)."""
+    """Cell view to the largest magnitude in each block, NaN where it holds one.
+
+    Magnitudes are compared as integers, among which NaN is the largest: a maximum of floats on CPU may pass over it,
+    and is a library call there that nothing can be fused into.
+    """
     cell = self.cells.sizes[self.axis]
     n = self.cells.shape[self.axis]
-    x = jnp.abs(x)
+    x = _bits_of(x) << 1
     if cell > 1:
       view_axis = self.axis + sum(c > 1 for c in self.cells.sizes[: self.axis]) + 1
-      x = _max_along(x, view_axis)
+      x = jnp.max(x, axis=view_axis)
     x = x.reshape(self._with_axis(n // self.size, self.size // cell))
-    return jnp.max(x, axis=self.axis + 1)
-
-
-def _max_along(x: jax.Array, axis: int) -> jax.Array:
-  """Maximum along one axis, kept with length 1, by the faster route: a window on CPU, a reduction elsewhere."""
-
-  def window(x):
-    dims = tuple(n if d == axis else 1 for d, n in enumerate(x.shape))
-    return lax.reduce_window(x, np.array(-np.inf, x.dtype), lax.max, dims, dims, 'VALID')
-
-  return lax.platform_dependent(x, cpu=window, default=lambda x: jnp.max(x, axis=axis, keepdims=True))
+    return _float_of(jnp.max(x, axis=self.axis + 1) >> 1)
 
 
 def _bits_of(x: jax.Array) -> jax.Array:
@@ -203,6 +200,7 @@ class LinearCodec:
       A word per element, the code above the rounding error (a sign and fraction_bits), and the block scales.
     """
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
+    # Magnitudes alone would do, but LLVM vectorizes their maximum only behind a select.
     value = jnp.where(value == value, value, np.float32(np.inf))
     target = jnp.sqrt(value) if self.squares else value
     absmax = self.blocks.absmax(target)
@@ -309,8 +307,15 @@ def subtract(new: Stored, old: Stored) -> Stored:
 
 
 def make_cells(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Cells:
-  """The cell view of a tile for arrays blocked along (axis, block size)."""
+  """The cell view of a tile for arrays blocked along (axis, block size).
+
+  A long cell is cut in equal parts where that leaves them long enough to vectorize: XLA on CPU fuses what it reduces
+  into the reduction, rather than store it first, only up to `_LONGEST_CELL` elements.
+  """
   sizes = [0] * len(shape)
   for axis, size in blocks:
     sizes[axis] = math.gcd(sizes[axis], size)
-  return Cells(shape, tuple(max(size, 1) for size in sizes))
+  parts = [_format.largest_divisor(size, _LONGEST_CELL) if size else 1 for size in sizes]
+  return Cells(
+    shape, tuple(part if part >= _SHORTEST_PART else max(size, 1) for part, size in zip(parts, sizes, strict=True))
+  )
