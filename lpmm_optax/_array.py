@@ -208,6 +208,14 @@ def _decode(x: QuantizedArray) -> jax.Array:
   return codec_cells(codec).merge(codec.decode(stored(x)))
 
 
+def _cast(value: jax.Array, dtype: Any) -> jax.Array:
+  """float32 to a floating-point dtype; the grid may lie a little beyond what that holds, and finite stays finite."""
+  largest = float(jnp.finfo(dtype).max)
+  if largest < jnp.finfo(value.dtype).max:
+    value = jnp.where(jnp.isfinite(value), jnp.clip(value, -largest, largest), value)
+  return value.astype(dtype)
+
+
 def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: Where | None = None) -> Any:
   """Stores the large floating-point leaves of a tree in a low-precision format.
 
@@ -285,8 +293,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   def one(leaf):
     if is_quantized(leaf):
-      value = _sharding.follow(_decode, leaf.codes, leaf)
-      return value.astype(leaf.dtype if dtype is None else dtype)
+      return _cast(_sharding.follow(_decode, leaf.codes, leaf), leaf.dtype if dtype is None else dtype)
     if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf.astype(dtype)
     return leaf

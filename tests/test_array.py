@@ -174,6 +174,16 @@ def test_finite_values_of_any_size_stay_finite_and_within_a_step(format, key, ro
   assert np.all(np.abs(y.astype(np.float64) - x) <= step * (1 + 1e-6))
 
 
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize('format', [*LINEAR, lpmm.BFLOAT16], ids=str)
+def test_the_largest_values_of_a_dtype_stay_finite_in_it(dtype, format):
+  largest = float(jnp.finfo(dtype).max)
+  y = lpmm.dequantize(lpmm.quantize(jnp.linspace(-largest, largest, 4096, dtype=jnp.float32).astype(dtype), format))
+  assert np.all(np.isfinite(np.asarray(y, np.float32)))
+  x = lpmm.quantize(jnp.full((64, 64), largest, dtype), format)
+  np.testing.assert_allclose(np.asarray(lpmm.dequantize(x), np.float32), largest, rtol=2.0**-6)
+
+
 def test_small_one_dimensional_and_integer_leaves_stay_dense():
   tree = {
     'small': normal((32, 64)),
