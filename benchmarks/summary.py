@@ -1,8 +1,8 @@
 """Accuracy over seeds, from the lines that `examples/train_resnet.py --results FILE` appended.
 
-  for seed in 0 1 2 3 4; do
-    python examples/train_resnet.py --seed $seed --results benchmarks/results/digits.jsonl
-  done
+  for seed in 0 1 2; do for formats in int8 paper; do
+    python examples/train_resnet.py --seed $seed --formats $formats --results benchmarks/results/digits.jsonl
+  done; done
   python benchmarks/summary.py benchmarks/results/digits.jsonl
 
 Lines that differ in the seed alone are one row: mean and standard deviation of both runs over seeds, and the mean of
