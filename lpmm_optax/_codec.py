@@ -3,8 +3,8 @@
 A codec reads and writes one array, in tiles: `decode` gives dense values; `encode` fixes what will be stored; `finish`
 gives the arrays to store and the rounding error that was made. All products below are of a power of two or of a few-bit
 integer with an 8-bit scale, hence exact, or are rounded once on every platform; divisions are done in integers. A codec
-works in *cell view*: each blocked axis of the tile is split into (cells, cell), where a cell is the largest run that no
-block boundary crosses. XLA vectorizes elementwise work with scales in that view, and does not without it.
+works in *cell view*: each blocked axis of the tile is split into (cells, cell), where a cell is a run that no block
+boundary crosses. XLA vectorizes elementwise work with scales in that view, and does not without it.
 """
 
 from collections.abc import Sequence

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -137,21 +138,13 @@ class Stages(NamedTuple):
   last: Callable
 
 
-def update_whole(stages: Stages, tiling: Tiling, reads: Any, writes: Any) -> Any:
-  """`update_in_place` for a leaf in one tile, whose stages XLA may fuse as it likes."""
-  first, second, last = stages
-  coordinates = tiling.coordinates(jnp.int32(0))
-  carried = first(coordinates, reads, writes)
-  tiles = last(carried, second(coordinates, carried), reads)
-  return jax.tree.map(lambda x, tile: tile.reshape(x.shape), writes, tiles)
-
-
 def update_in_place(
   stages: Stages,
   tiling: Tiling,
   zero: jax.Array,
   reads: Any,
   writes: Any,
+  fused: bool,
 ) -> Any:
   """Runs a staged update over all tiles of a leaf.
 
@@ -161,11 +154,13 @@ def update_in_place(
     zero: uint32[], zero at run time.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
+    fused: whether XLA may fuse the stages as it likes, without a loop; for a leaf in one tile.
 
   Returns:
     The new `writes`.
   """
   first, second, last = stages
+  run = (lambda fn, *args: fn(*args)) if fused else functools.partial(apart, zero)
 
   def take(arrays, step):
     return jax.tree.map(lambda x: tiling.take(x, step), arrays)
@@ -177,11 +172,13 @@ def update_in_place(
     return second(tiling.coordinates(step), carried)
 
   def body(step, writes):
-    carried = apart(zero, one, step, reads, writes)
-    result = apart(zero, two, step, carried)
+    carried = run(one, step, reads, writes)
+    result = run(two, step, carried)
     tiles = last(carried, result, take(reads, step))
     return jax.tree.map(lambda x, tile: tiling.put(x, tile, step), writes, tiles)
 
+  if fused:
+    return body(jnp.int32(0), writes)
   # XLA inlines a loop that it knows to run once. Then the tiles of all small leaves would be alive together, for on CPU
   # it schedules leaves breadth first.
   steps = tiling.steps if tiling.steps > 1 else 1 + zero.astype(jnp.int32)

@@ -227,10 +227,8 @@ def update_leaf(
   else:
     reads['param'] = _array.stored(param)
     writes['delta'] = jax.tree.map(jnp.zeros_like, reads['param'])
-  if is_dense:  # XLA by itself updates arrays in place that are read and written in one dtype.
-    writes = _tiles.update_whole(stages, tiling, reads, writes)
-  else:
-    writes = _tiles.update_in_place(stages, tiling, zero, reads, writes)
+  # XLA by itself updates arrays in place that are read and written in one dtype.
+  writes = _tiles.update_in_place(stages, tiling, zero, reads, writes, fused=is_dense)
   new = _array.with_stored(param, writes['param' if in_place else 'delta'])
   return new, {name: _array.with_stored(leaf, writes[name]) for name, leaf in fields.items()}
 
