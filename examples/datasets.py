@@ -1,10 +1,11 @@
-"""Image data sets for the examples: scikit-learn's digits, and CIFAR-10 from a folder.
+"""Data sets for the examples: scikit-learn's digits, CIFAR-10 from a folder, and text as characters.
 
 Images stay uint8 on the host; the training step normalises and augments each batch on the device.
 """
 
 from pathlib import Path
 import pickle
+import pydoc_data.topics
 from typing import Any
 from typing import NamedTuple
 
@@ -43,6 +44,20 @@ class Dataset(NamedTuple):
   classes: int
   shift: int
   flip: bool
+
+
+class Text(NamedTuple):
+  """A text as indices of its characters, split.
+
+  Attributes:
+    train: int32[characters], the first nine tenths.
+    validation: int32[characters], the rest.
+    vocabulary: the characters of the text in order, each once; `vocabulary[i]` is what index i stands for.
+  """
+
+  train: np.ndarray
+  validation: np.ndarray
+  vocabulary: str
 
 
 def _make_dataset(train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray], **rest: Any) -> Dataset:
@@ -87,6 +102,35 @@ def cifar10(data_dir: str | Path) -> Dataset:
     return np.ascontiguousarray(channels_last), np.concatenate(labels)
 
   return _make_dataset(split(CIFAR10_TRAIN), split(CIFAR10_TEST), classes=10, shift=4, flip=True)
+
+
+def text(file: str | Path | None = None) -> Text:
+  """A file's characters, or those of what Python's `help` says of the language, some 460 thousand, English and code.
+
+  Args:
+    file: UTF-8 text; None for Python's own, the topics in the order of their names.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is not UTF-8.
+  """
+  if file is None:
+    topics = pydoc_data.topics.topics
+    characters = ''.join(topics[name] for name in sorted(topics))
+  else:
+    path = Path(file)
+    if not path.is_file():
+      raise FileNotFoundError(f'{path} is not a file')
+    try:
+      characters = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{path} is not UTF-8 text: {error}') from error
+  vocabulary = ''.join(sorted(set(characters)))
+  # Characters as their code points, whose order is that of the vocabulary.
+  points, sorted_points = (np.frombuffer(x.encode('utf-32-le'), np.uint32) for x in (characters, vocabulary))
+  tokens = np.searchsorted(sorted_points, points).astype(np.int32)
+  split = len(tokens) - len(tokens) // 10
+  return Text(tokens[:split], tokens[split:], vocabulary)
 
 
 def _find_cifar10(data_dir: Path) -> tuple[Path, str, Any]:

@@ -2,6 +2,8 @@
 
 import importlib.util as _importlib_util
 
+from lpmm_optax._adam import adam
+from lpmm_optax._adam import adamw
 from lpmm_optax._array import QuantizedArray
 from lpmm_optax._array import dequantize
 from lpmm_optax._array import is_quantized
@@ -12,6 +14,7 @@ from lpmm_optax._format import INT8
 from lpmm_optax._format import INT16
 from lpmm_optax._format import UINT8_SQRT
 from lpmm_optax._format import Format
+from lpmm_optax._lion import lion
 from lpmm_optax._report import MemoryReport
 from lpmm_optax._report import memory_report
 from lpmm_optax._sgdm import sgdm
@@ -20,6 +23,7 @@ from lpmm_optax._step import chain
 from lpmm_optax._step import step
 from lpmm_optax._transform import InPlaceTransformation
 from lpmm_optax._transform import LowPrecisionState
+from lpmm_optax._transform import low_precision
 
 if _importlib_util.find_spec('flax') is not None:
   from lpmm_optax import _flax as _flax
@@ -37,10 +41,14 @@ __all__ = [
   'LowPrecisionState',
   'MemoryReport',
   'QuantizedArray',
+  'adam',
+  'adamw',
   'apply_if_finite',
   'chain',
   'dequantize',
   'is_quantized',
+  'lion',
+  'low_precision',
   'memory_report',
   'quantize',
   'sgdm',

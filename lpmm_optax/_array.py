@@ -133,65 +133,85 @@ def _whole(leaf: Any) -> _codec.Codec:
   return codec_of(leaf, leaf.shape, _codec.make_cells(leaf.shape, blocks_of(leaf)))
 
 
-def empty(like: Any, format: Format | None) -> Any:
-  """Zeros of the shape of `like`, in `format`, or dense in its compute dtype if None.
+def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:
+  """An array of the shape of `like`, filled with one value and stored in `format`, or dense if None.
 
-  Concrete or traced arrays give zeros placed as `like` is: they are computed from it, since under jit a constant would
-  land on one device. Abstract leaves (ShapeDtypeStruct) give plain zeros.
+  Concrete or traced arrays give one placed as `like` is: it is computed from it, since under jit a constant would land
+  on one device. Abstract leaves (ShapeDtypeStruct) give a plain one.
   """
   template = like.codes if is_quantized(like) else like
   shape = tuple(template.shape)
 
-  def zeros(dtype, step=None):
+  def fill(value, dtype, step=None):
+    constant = np.asarray(value, dtype)
     if not isinstance(template, jax.Array):
-      return jnp.zeros(shape if step is None else tuple(n // s for n, s in zip(shape, step, strict=True)), dtype)
+      return jnp.full(shape if step is None else tuple(n // s for n, s in zip(shape, step, strict=True)), constant)
 
     def from_template(x):
       x = x if step is None else x[tuple(slice(None, None, s) for s in step)]
-      return jnp.where(x == x, jnp.zeros((), dtype), jnp.zeros((), dtype))
+      return jnp.where(x == x, constant, constant)
 
     return _sharding.follow(from_template, template, template)
 
-  dtype = _codec.compute_dtype(like.dtype)
   if format is None:
-    return zeros(dtype)
+    return fill(value, dtype)
+  if value != 0:
+    return encode(fill(value, jnp.float32), format, dtype)
   if not format.has_scales:
-    return QuantizedArray(zeros(format.code_dtype), None, format, dtype)
+    return QuantizedArray(fill(0, format.code_dtype), None, format, dtype)
   assert format.block_size is not None  # Callers have filled in their default.
   axis, size = _format.choose_block(shape, format.block_size)
   step = [size if d == axis else 1 for d in range(len(shape))]
-  return QuantizedArray(zeros(format.code_dtype), zeros(jnp.uint16, step), format, dtype)
+  return QuantizedArray(fill(0, format.code_dtype), fill(0, jnp.uint16, step), format, dtype)
 
 
-def _choose_format(path: str, leaf: Any, format: Format, where: Where | None) -> Format | None:
-  """The format for one leaf: what `where` says, or the default with its exemptions."""
+def encode(x: jax.Array, format: Format | None, dtype: Any = None, word: jax.Array | None = None) -> Any:
+  """A dense array as it is stored in a format, or as it is if None.
+
+  Args:
+    x: dense.
+    format: with its block size filled in.
+    dtype: that the result stands for; None is that of x.
+    word: a random word, uint32[2], to round stochastically.
+  """
+  dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+  if format is None:
+    return x.astype(dtype)
+  return _sharding.follow(lambda x, word: _encode(x, format=format, dtype=dtype, word=word), x, x, word)
+
+
+def pick_format(path: str, leaf: Any, format: Format | None, where: Where | None, block_size: int) -> Format | None:
+  """The format for one leaf: what `where` says, or `format` with its exemptions; the block size is filled in."""
   chosen: Any = ...
   if callable(where):
     chosen = where(path, leaf)
   elif where is not None:
     chosen = next((f for pattern, f in where if re.search(pattern, path)), ...)
   if chosen is ...:
-    chosen = None if _format.exemption(leaf.shape, leaf.dtype, format) else format
-  elif not (chosen is None or isinstance(chosen, Format)):
-    raise TypeError(f'{path}: where must give a Format or None, got {chosen!r}')
+    exempt = format is None or _format.exemption(leaf.shape, leaf.dtype, format.with_block_size(block_size))
+    chosen = None if exempt else format
   if chosen is None:
     return None
-  if not chosen.signed:
-    raise ValueError(f'{path}: {chosen} stores nonnegative values only, so it cannot hold parameters')
+  if not isinstance(chosen, Format):
+    raise TypeError(f'{path}: where must give a Format or None, got {chosen!r}')
+  if leaf.ndim == 0 or leaf.size == 0:
+    raise ValueError(f'{path}: an array of shape {leaf.shape} cannot be quantized; keep it dense through `where`')
+  return chosen.with_block_size(block_size)
+
+
+def _check_param_format(path: str, leaf: Any, format: Format) -> None:
+  if not format.signed:
+    raise ValueError(f'{path}: {format} stores nonnegative values only, so it cannot hold parameters')
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     raise TypeError(f'{path}: cannot quantize {leaf.dtype}, only floating-point arrays')
   if leaf.dtype == jnp.float64:
     raise TypeError(f'{path}: float64 cannot be quantized; cast it to float32 or keep it dense through `where`')
-  if leaf.ndim == 0 or leaf.size == 0:
-    raise ValueError(f'{path}: an array of shape {leaf.shape} cannot be quantized; keep it dense through `where`')
-  return chosen.with_block_size(_format.PARAM_BLOCK_SIZE)
 
 
 # Jitted, as is every computation on one leaf: called outside jit, one program per shape instead of one per operation.
-@functools.partial(jax.jit, static_argnames='format')
-def _encode(x: jax.Array, format: Format, word: jax.Array | None) -> QuantizedArray:
-  """A dense array in a format; rounded stochastically if a random word is given."""
-  target = dataclasses.replace(empty(x, format), dtype=jnp.dtype(x.dtype))
+@functools.partial(jax.jit, static_argnames=('format', 'dtype'))
+def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
+  target = full(x, 0, format, dtype)
   codec = _whole(target)
   cells = codec_cells(codec)
   bits = None
@@ -255,12 +275,12 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   def one(i: int, path: str, leaf: Any) -> Any:
     if is_quantized(leaf) or not hasattr(leaf, 'dtype'):
       return leaf
-    chosen = _choose_format(path, leaf, format, where)
+    chosen = pick_format(path, leaf, format, where, _format.PARAM_BLOCK_SIZE)
     if chosen is None:
       return leaf
+    _check_param_format(path, leaf, chosen)
     word = words[i] if key is not None and chosen.rounding == 'stochastic' else None
-    leaf = jnp.asarray(leaf)
-    return _sharding.follow(lambda x, word: _encode(x, format=chosen, word=word), leaf, leaf, word)
+    return encode(jnp.asarray(leaf), chosen, word=word)
 
   out = [one(i, path, leaf) for i, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True))]
   return jax.tree.unflatten(treedef, out)

@@ -200,12 +200,16 @@ class LinearCodec:
       A word per element, the code above the rounding error (a sign and fraction_bits), and the block scales.
     """
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
-    # Magnitudes alone would do, but LLVM vectorizes their maximum only behind a select.
-    value = jnp.where(value == value, value, np.float32(np.inf))
-    target = jnp.sqrt(value) if self.squares else value
-    absmax = self.blocks.absmax(target)
+    # What cannot be stored poisons its block. (NaN would without this, but LLVM vectorizes the maximum of magnitudes
+    # only behind a select.)
+    storable = value >= 0 if self.squares else value == value
+    value = jnp.where(storable, value, np.float32(np.inf))
+    absmax = self.blocks.absmax(value)
+    if self.squares:
+      # The root of the largest is the largest root: one per block, not one per element.
+      absmax, value = jnp.sqrt(absmax), jnp.sqrt(value)
     scale = fresh_scale(absmax, max_code)
-    base = jnp.int32(0)
+    target, base = value, jnp.int32(0)
     if change is not None:
       old, delta = change
       old_scale = from_bfloat16_bits(old.scales)

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from lpmm_optax import _array
 from lpmm_optax import _format
+from lpmm_optax import _inner
 from lpmm_optax import _transform
+from lpmm_optax._format import Format
 
 _FP32_BYTES = 4
 
@@ -24,6 +25,8 @@ class MemoryRow:
     bytes: counted from bit widths, scales included.
     format: as it is stored, a Format's name or a dtype's.
     exempt: why it is dense although its group is quantized, else None.
+    update: of a parameter, how it is updated: 'in tiles', or 'whole' and the operation that is not elementwise; None
+      for state, and where `memory_report` was not given the optimizer.
   """
 
   group: str
@@ -32,6 +35,7 @@ class MemoryRow:
   bytes: int
   format: str
   exempt: str | None
+  update: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,64 +97,93 @@ class MemoryReport:
       dense = sum(row.bytes for row in self.exempt)
       lines.append(f'dense by exemption: {len(self.exempt)} arrays, {dense / 2**20:.3f} MiB')
       lines += [f'  {row.group}/{row.path}: {row.format}, {row.exempt}' for row in self.exempt]
+    updated = [row for row in self.rows if row.update]
+    if updated:
+      whole = [row for row in updated if row.update != 'in tiles']
+      tiled = sum(row.elements for row in updated) - sum(row.elements for row in whole)
+      lines.append(f'updated in tiles: {len(updated) - len(whole)} parameters, {tiled} elements')
+      lines += [f'  {row.path}: updated {row.update}, {row.elements} elements' for row in whole]
     return '\n'.join(lines)
 
 
-def _rows(group: str, tree: Any, block_size: int) -> list[MemoryRow]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_array.is_quantized)
-  formats = [leaf.format for _, leaf in leaves if _array.is_quantized(leaf)]
-  rows = []
-  for path, leaf in leaves:
-    exempt = None
-    if formats and not _array.is_quantized(leaf):
-      expected = formats[0].with_block_size(block_size)
-      exempt = _format.exemption(leaf.shape, leaf.dtype, expected) or 'chosen by the caller'
-    name = str(leaf.format) if _array.is_quantized(leaf) else leaf.dtype.name
-    rows.append(MemoryRow(group, _array.path_str(path), leaf.size, _array.count_bytes(leaf), name, exempt))
-  return rows
+def _row(group: str, path: str, x: Any, format: Format | None, block_size: int, update: str | None) -> MemoryRow:
+  """One array's row; `format` is one that its group has, or None if all of it is dense."""
+  exempt = None
+  if format is not None and not _array.is_quantized(x):
+    exempt = _format.exemption(x.shape, x.dtype, format.with_block_size(block_size)) or 'chosen by the caller'
+  name = str(x.format) if _array.is_quantized(x) else jnp.dtype(x.dtype).name
+  return MemoryRow(group, path, x.size, _array.count_bytes(x), name, exempt, update)
 
 
-def memory_report(params: Any, opt_state: Any = ()) -> MemoryReport:
+def _state_rows(params: _inner.Params, state: Any) -> tuple[list[MemoryRow], int]:
+  """The rows of what belongs to parameters in an inner state, or any other; and the bytes of the rest."""
+  entries, arrays, _ = _inner.entries_of(params, state)
+  formats = {entry.field: x.format for entry, x in zip(entries, arrays, strict=True) if _array.is_quantized(x)}
+  rows, other = [], 0
+  for entry, x in zip(entries, arrays, strict=True):
+    if entry.leaf is not None:
+      path = params.paths[entry.leaf]
+      rows.append(_row(entry.field, path, x, formats.get(entry.field), _format.STATE_BLOCK_SIZE, None))
+    elif entry.below is not None:
+      # Factors of a second moment, say: statistics of a parameter, but not of each of its elements.
+      rows.append(_row(entry.field, entry.below, x, None, _format.STATE_BLOCK_SIZE, None))
+    else:
+      other += _array.count_bytes(x)
+  return rows, other
+
+
+def memory_report(
+  params: Any, opt_state: Any = (), *, tx: _transform.InPlaceTransformation | None = None
+) -> MemoryReport:
   """Counts the bytes that parameters and optimizer state occupy for the whole of training.
 
   Args:
     params: the parameters, quantized or dense; arrays or ShapeDtypeStructs (from `jax.eval_shape`).
     opt_state: the state of an optimizer of this package, alone or inside Optax's wrappers, or of any Optax optimizer.
+    tx: the optimizer, one of this package, to find out as well how each parameter is updated: in tiles, or, where the
+      update is not elementwise, whole, so that its dense values exist at once.
 
   Returns:
     A `MemoryReport`. Bytes follow from shapes and bit widths, not from an allocator.
 
+  Raises:
+    TypeError: if tx is not an optimizer of this package.
+
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
   >>> params = lpmm.quantize({'kernel': jnp.ones((1024, 1024)), 'bias': jnp.ones(1024)}, lpmm.INT8)
-  >>> report = lpmm.memory_report(params, lpmm.sgdm(0.1).init(params))
+  >>> tx = lpmm.adamw(1e-3)
+  >>> report = lpmm.memory_report(params, tx.init(params), tx=tx)
   >>> round(report.bytes_per_param, 2)
-  2.05
+  3.07
   >>> print(report)
   group                            MiB   bytes/param
   params                         1.035         1.034
-  trace                          1.020         1.019
+  mu                             1.020         1.019
+  nu                             1.020         1.019
   other state                    0.000         0.000
-  total                          2.055         2.053
-  the same in float32            8.008         8.000  (-74.3%)
-  dense by exemption: 2 arrays, 0.008 MiB
+  total                          3.074         3.071
+  the same in float32           12.012        12.000  (-74.4%)
+  dense by exemption: 3 arrays, 0.012 MiB
     params/bias: float32, under 4096 elements
-    trace/bias: float32, under 4096 elements
+    mu/bias: float32, under 4096 elements
+    nu/bias: float32, under 4096 elements
+  updated in tiles: 2 parameters, 1049600 elements
   """
-  rows = _rows('params', params, _format.PARAM_BLOCK_SIZE)
-  leaves = jax.tree.leaves(params, is_leaf=_array.is_quantized)
+  structure, leaves = _inner.flatten(_array.unwrap(params))
+  formats = [leaf.format for leaf in leaves if _array.is_quantized(leaf)]
+  updates: dict[str, str] = {}
+  if tx is not None:
+    if not isinstance(tx, _transform.InPlaceTransformation):
+      raise TypeError(f'tx must be an lpmm_optax optimizer, got {tx!r}')
+    obstacles = tx.obstacles(params)
+    updates = {
+      path: f'whole, for {obstacles[path]}' if path in obstacles else 'in tiles'
+      for path in (structure.paths[i] for i in structure.active)
+    }
+  rows = [
+    _row('params', path, leaf, formats[0] if formats else None, _format.PARAM_BLOCK_SIZE, updates.get(path))
+    for path, leaf in zip(structure.paths, leaves, strict=True)
+  ]
+  state_rows, other = _state_rows(structure, _array.unwrap(opt_state))
   parameters = sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
-  like_params = {tuple(leaf.shape) for leaf in leaves} - {()}
-  other = 0
-  is_ours = lambda x: isinstance(x, _transform.LowPrecisionState)
-  is_leaf = lambda x: is_ours(x) or _array.is_quantized(x)
-  for path, part in jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_leaf)[0]:
-    if is_ours(part):
-      for name, tree in part.fields.items():
-        rows += _rows(name, tree, _format.STATE_BLOCK_SIZE)
-      other += _array.count_bytes(part.count) + _array.count_bytes(part.key)
-    elif tuple(part.shape) in like_params:
-      (row,) = _rows('state', part, _format.STATE_BLOCK_SIZE)
-      rows.append(dataclasses.replace(row, path=_array.path_str(path)))
-    else:
-      other += _array.count_bytes(part)
-  return MemoryReport(tuple(rows), parameters, other)
+  return MemoryReport(tuple(rows + state_rows), parameters, other)

@@ -1,67 +1,60 @@
 """Stochastic gradient descent with momentum."""
 
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _format
+from lpmm_optax import _feedback
+from lpmm_optax import _field_formats
+from lpmm_optax import _hyperparams
 from lpmm_optax import _transform
-from lpmm_optax._format import Format
 
 
-def _why_no_feedback(formats: dict[str, Format | None], momentum: Any, nesterov: bool) -> str | None:
+def _why_no_feedback(formats: _field_formats.Formats, momentum: Any, nesterov: bool) -> str | None:
   """Why rounding errors cannot be put back into this momentum, or None if they can."""
-  if 'trace' not in formats or (isinstance(momentum, float | int) and not 0 < momentum < 1):
+  if momentum is None or (isinstance(momentum, float | int) and not 0 < momentum < 1):
     return f'it needs a momentum between 0 and 1, got {momentum}'
   if nesterov:
     return 'its correction is derived for heavy-ball momentum, not for nesterov=True'
-  format = formats['trace']
-  if format is not None and format.rounding == 'nearest':
-    return f'it oscillates when the momentum is rounded to nearest ({format})'
-  if format is not None and format.bits < 8:
-    return f'it diverges with a momentum of fewer than 8 bits ({format})'
-  return None
+  return _feedback.problem_with(formats, 'trace')
 
 
-def _scalar(name: str, value: Any) -> jax.Array:
-  """A hyperparameter in float; refuses one that was cast to the integer type of quantized parameters."""
-  if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jnp.floating):
-    raise TypeError(
-      f'{name} has dtype {value.dtype}: optax.inject_hyperparams takes it from the parameters, whose codes are '
-      'integers, unless it is given hyperparam_dtype=jnp.float32'
-    )
-  value = jnp.asarray(value, float)
-  if value.shape:
-    raise ValueError(f'{name} must be a scalar, got shape {value.shape}')
-  return value
+class VelocityState(NamedTuple):
+  """State of `_velocity`: steps taken, int32[], and the velocity, a tree like the parameters."""
+
+  count: jax.Array  # type: ignore[assignment]  # As in Optax's states; tuples have a method of that name.
+  trace: Any
 
 
-def _heavy_ball(nesterov: bool):
-  """Optax's form: m <- b m + g, w <- w - lr m."""
-
-  def update(gradient, param, fields, hyper):
-    gradient = gradient + hyper['weight_decay'] * param
-    direction = gradient
-    if 'trace' in fields:
-      trace = gradient + hyper['momentum'] * fields['trace']
-      direction = gradient + hyper['momentum'] * trace if nesterov else trace
-      fields = {'trace': trace}
-    return -hyper['learning_rate'] * direction, fields
-
-  return update
-
-
-def _velocity(gradient, param, fields, hyper):
+def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.GradientTransformation:
   """v <- b v + lr g, w <- w - v; a learning rate of zero leaves both as they are."""
-  gradient = gradient + hyper['weight_decay'] * param
-  velocity = hyper['decay'] * fields['trace'] + hyper['learning_rate'] * gradient
-  return -hyper['moves'] * velocity, {'trace': velocity}
+
+  def init(params):
+    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+  def update(updates, state, params=None):
+    del params
+    rate = _hyperparams.current(learning_rate, state.count)
+    frozen = rate == 0
+    decay, moves = jnp.where(frozen, 1.0, momentum), jnp.where(frozen, 0.0, 1.0)
+    like = lambda scalar, x: scalar.astype(x.dtype)
+    velocity = jax.tree.map(lambda g, v: like(decay, v) * v + like(rate, v) * g, updates, state.trace)
+    return jax.tree.map(lambda v: -like(moves, v) * v, velocity), VelocityState(
+      optax.safe_increment(state.count), velocity
+    )
+
+  return optax.GradientTransformation(init, update)
 
 
-def _velocity_feedback(fields, error, hyper):
-  return {'trace': fields['trace'] + hyper['correction'] * error}
+def _velocity_feedback(momentum: Any) -> _feedback.Feedback:
+  return _feedback.Feedback(
+    fields=frozenset({'trace'}),
+    hyperparams=lambda step: {'correction': 1 - 1 / jnp.asarray(momentum, float)},
+    apply=lambda fields, error, hyper: fields | {'trace': fields['trace'] + hyper['correction'] * error},
+  )
 
 
 def sgdm(
@@ -70,7 +63,7 @@ def sgdm(
   *,
   nesterov: bool = False,
   weight_decay: float | jax.Array = 0.0,
-  formats: _transform.Formats = _format.INT8,
+  formats: _field_formats.Formats = 'default',
   error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
@@ -104,8 +97,8 @@ def sgdm(
     momentum: the decay :math:`\beta`; None or 0 for plain SGD without momentum state.
     nesterov: whether to use Nesterov momentum.
     weight_decay: :math:`\lambda`, added to the gradient before the momentum as torch and the paper do.
-    formats: how the momentum (state field ``'trace'``) is stored: a Format, ``{'trace': Format}``, or None for float32.
-      How parameters are stored is decided by what `init` and `update` are given.
+    formats: how the momentum (state field ``'trace'``) is stored, see `low_precision`; the default is `INT8`. How
+      parameters are stored is decided by what `init` and `update` are given.
     error_feedback: None for on wherever it works (a momentum of at least 8 bits rounded stochastically, no Nesterov,
       and formats not None), True to insist, False for the paper's optimizer.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
@@ -141,38 +134,21 @@ def sgdm(
     <http://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
   """
   has_trace = momentum is not None and not (isinstance(momentum, float | int) and momentum == 0)
-  fields = ('trace',) if has_trace else ()
   if nesterov and not has_trace:
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
-  if not has_trace and isinstance(formats, Format):
-    formats = None
-  by_field = _transform.field_formats(formats, fields)
-  problem = _why_no_feedback(by_field, momentum, nesterov)
-  if error_feedback and problem:
-    raise ValueError(f'error_feedback cannot work here: {problem}')
-  if error_feedback is None:
-    error_feedback = problem is None and by_field['trace'] is not None
-
-  def hyperparams(count):
-    rate = _scalar('learning_rate', learning_rate(count) if callable(learning_rate) else learning_rate)
-    hyper = {'learning_rate': rate, 'weight_decay': _scalar('weight_decay', weight_decay)}
+  _field_formats.check(formats, ('trace',))
+  learning_rate = _hyperparams.checked('learning_rate', learning_rate)
+  problem = _why_no_feedback(formats, momentum, nesterov)
+  error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
+  weight_decay = _hyperparams.check('weight_decay', weight_decay)
+  inner = [] if _hyperparams.is_zero(weight_decay) else [optax.add_decayed_weights(weight_decay)]
+  if has_trace:
+    momentum = _hyperparams.check('momentum', momentum)
+  if error_feedback:
+    inner.append(_velocity(learning_rate, momentum))
+  else:
     if has_trace:
-      decay = _scalar('momentum', momentum)
-      hyper |= {'momentum': decay}
-      if error_feedback:
-        frozen = rate == 0
-        hyper |= {
-          'decay': jnp.where(frozen, 1.0, decay),
-          'moves': jnp.where(frozen, 0.0, 1.0),
-          'correction': 1 - 1 / decay,
-        }
-    return hyper
-
-  rule = _transform.Rule(
-    name='sgdm',
-    fields=fields,
-    hyperparams=hyperparams,
-    update=_velocity if error_feedback else _heavy_ball(nesterov),
-    feedback=_velocity_feedback if error_feedback else None,
-  )
-  return _transform.from_rule(rule, formats, key, tile_size)
+      inner.append(optax.trace(momentum, nesterov))
+    inner.append(optax.scale_by_learning_rate(learning_rate))
+  feedback = _velocity_feedback(momentum) if error_feedback else None
+  return _transform.transform(optax.chain(*inner), 'sgdm', formats, key, tile_size, feedback)

@@ -78,7 +78,9 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
     params, last_state = txs[-1].step(gradients, params, state[-1], **extra_args)
     return params, (*new_states, last_state)
 
-  return _transform.InPlaceTransformation(chained.init, optax.with_extra_args_support(chained).update, chained_step)
+  return _transform.InPlaceTransformation(
+    chained.init, optax.with_extra_args_support(chained).update, chained_step, txs[-1].obstacles
+  )
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
@@ -135,4 +137,5 @@ def apply_if_finite(
     advance = lambda params, inner_state: inner.step(gradients, params, inner_state, **extra_args)
     return guard(gradients, params, state, advance, lambda params: params)
 
-  return _transform.InPlaceTransformation(optax.apply_if_finite(inner, max_consecutive_errors).init, update, in_place)
+  init = optax.apply_if_finite(inner, max_consecutive_errors).init
+  return _transform.InPlaceTransformation(init, update, in_place, inner.obstacles)

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 from lpmm_optax import _format
 
 
-def default_tile_size(total: int) -> int:
-  """Elements per tile for a tree of `total` elements.
+def default_tile_size(total: int, slots: int) -> int:
+  """Elements per tile for a tree of `total` elements with `slots` arrays each, the parameter and its state fields.
 
-  On CPU a tile's dense values, about 9 bytes per element, should stay in the cache and small beside the state, but
-  each of a dozen kernels per tile costs microseconds to start on every core: at 16M elements, tiles of 2^16, 2^17,
-  2^18, 2^19, 2^20 and 2^21 took 2.7, 2.4, 2.0, 1.9, 1.9 and 2.0 times as long as Optax in float32. A sixty-fourth of
-  the whole, from 2^19 to 2^20, keeps the temporaries under 5 MiB or 8 % of 2 bytes per parameter. Elsewhere a tile is
-  a row of kernel launches.
+  On CPU a tile's dense values, 5 to 6 bytes per element and slot, should stay in the cache and small beside the state,
+  but each of a dozen kernels per tile costs microseconds to start on every core: at 16M elements of two slots, tiles of
+  2^16, 2^17, 2^18, 2^19, 2^20 and 2^21 took 2.7, 2.4, 2.0, 1.9, 1.9 and 2.0 times as long as Optax in float32; at three
+  slots, 2^17 to 2^20 took 2.5, 2.3, 2.2 and 2.4 times. A thirty-second of the whole per slot, within such bounds, keeps
+  the temporaries under 5 MiB or 8 % of a byte per element and slot. Elsewhere a tile is a row of kernel launches.
   """
   if jax.default_backend() == 'cpu':
-    return min(max(2**19, total // 64), 2**20)
+    return min(max(2**20, total // 32), 2**21) // slots
   return 2**24
 
 

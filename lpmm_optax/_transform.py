@@ -1,11 +1,12 @@
-"""From an elementwise rule to an Optax transformation whose parameters and state are stored in low precision.
+"""From any Optax transformation to one whose parameters and state are stored in low precision.
 
-A `Rule` is the mathematics of an optimizer on dense values and knows nothing of bits. `from_rule` supplies the rest:
-state, formats, random words, checks, and for every leaf the tiled update that decodes, applies the rule, and encodes.
+The inner transformation is the mathematics on dense values and knows nothing of bits; `_inner` finds what of it is
+elementwise. Here is the rest: formats, state, random words, checks, and for every leaf the tiled update that decodes,
+runs the leaf's program, and encodes.
 """
 
 from collections.abc import Callable
-from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -18,49 +19,31 @@ import optax
 from lpmm_optax import _array
 from lpmm_optax import _codec
 from lpmm_optax import _deterministic
-from lpmm_optax import _format
+from lpmm_optax import _feedback
+from lpmm_optax import _field_formats
+from lpmm_optax import _inner
+from lpmm_optax import _program
 from lpmm_optax import _random
 from lpmm_optax import _sharding
 from lpmm_optax import _tiles
-from lpmm_optax._format import Format
+from lpmm_optax import _uses
 
-Formats = Format | Mapping[str, Format | None] | None
-Fields = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-  """An elementwise optimizer.
-
-  Attributes:
-    name: of the optimizer, for messages.
-    fields: names of the per-parameter state arrays, all zero at the start.
-    hyperparams: `count -> {name: scalar}`, computed once per step.
-    update: `(gradient, parameter, fields, hyperparams) -> (delta, fields)` on dense values of one shape.
-    feedback: `(fields, error, hyperparams) -> fields`, run where the parameter is quantized, with error = (parameter +
-      delta) - (the value stored); None to let rounding errors go.
-  """
-
-  name: str
-  fields: tuple[str, ...]
-  hyperparams: Callable[[jax.Array], dict[str, Any]]
-  update: Callable[[jax.Array, jax.Array, Fields, dict[str, jax.Array]], tuple[jax.Array, Fields]]
-  feedback: Callable[[Fields, jax.Array, dict[str, jax.Array]], Fields] | None = None
+_LARGEST_SQUARED = 2.0**63
 
 
 class LowPrecisionState(NamedTuple):
   """State of an lpmm_optax optimizer.
 
   Attributes:
-    count: steps taken, int32[].
+    step: steps taken, int32[].
     key: raw key data that all rounding derives from, uint32[2]; it never changes.
-    fields: {name: tree like the parameters}, of QuantizedArrays and, for exempt leaves, dense arrays; leaves that are
-      never updated (integers, 0-size) hold `optax.MaskedNode()`.
+    inner_state: the inner transformation's, in which arrays that belong to a parameter are QuantizedArrays or, for
+      exempt leaves, dense; parameters that are never updated (integers, 0-size) have `optax.MaskedNode()` there.
   """
 
-  count: jax.Array  # type: ignore[assignment]  # As in Optax's states; tuples have a method of that name.
+  step: jax.Array
   key: jax.Array
-  fields: dict[str, Any]
+  inner_state: Any
 
 
 class InPlaceTransformation(optax.GradientTransformationExtraArgs):
@@ -70,119 +53,84 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     init: `params -> state`.
     update: `(gradients, state, params, **extra) -> (deltas, state)`, for `optax.apply_updates`.
     step: `(gradients, params, state, **extra) -> (params, state)`, without a tree of deltas.
+    obstacles: `params -> {path: operation}`, the leaves that are processed whole rather than in tiles, with the
+      operation that is not elementwise.
   """
 
   step: Callable[..., tuple[Any, Any]]
+  obstacles: Callable[[Any], dict[str, str]]
 
-  def __new__(cls, init, update, step):
+  def __new__(cls, init, update, step, obstacles):
     self = super().__new__(cls, init, update)
     self.step = step
+    self.obstacles = obstacles
     return self
 
 
-def field_formats(formats: Formats, fields: tuple[str, ...]) -> dict[str, Format | None]:
-  """One Format or None per state field."""
-  if formats is None or isinstance(formats, Format):
-    formats = dict.fromkeys(fields, formats)
-  elif not isinstance(formats, Mapping):
-    raise TypeError(f'formats must be a Format, a dict of Formats by state field, or None, got {formats!r}')
-  unknown = set(formats) - set(fields)
-  if unknown:
-    raise ValueError(f'formats has no state field for {sorted(unknown)}; the fields are {list(fields)}')
-  for name, format in formats.items():
-    if not (format is None or isinstance(format, Format)):
-      raise TypeError(f'formats[{name!r}] must be a Format or None, got {format!r}')
-    if format is not None and not format.signed:
-      raise ValueError(f'formats[{name!r}]: {format} stores nonnegative values only')
-  return {
-    name: format and format.with_block_size(_format.STATE_BLOCK_SIZE)
-    for name, format in (dict.fromkeys(fields) | dict(formats)).items()
-  }
+# ---------------------------------------------------------------------------------------------------------------------
+# The update of one leaf
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def _is_passive(leaf: Any) -> bool:
-  return not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.size == 0
+@dataclasses.dataclass(frozen=True)
+class LeafUpdate:
+  """What is static about a leaf's update; equal ones share one compiled program.
+
+  Attributes:
+    program: (gradient, parameter, *fields, *reads, *scalars) -> (delta, *fields).
+    fields: names of the state fields, each once.
+    feedback: for the rounding error of the parameter.
+    in_place: whether to return the new parameter or the delta that leads there.
+    tile_size: in elements.
+  """
+
+  program: _program.Program
+  fields: tuple[str, ...]
+  feedback: _feedback.Feedback | None
+  in_place: bool
+  tile_size: int
 
 
-def _is_node_leaf(x: Any) -> bool:
-  return _array.is_quantized(x) or isinstance(x, optax.MaskedNode)
-
-
-def _flatten(params: Any) -> tuple[list[str], list[Any], Any]:
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_array.is_quantized)
-  paths = [_array.path_str(path) for path, _ in leaves]
-  for path, (_, leaf) in zip(paths, leaves, strict=True):
-    if not hasattr(leaf, 'dtype'):
-      raise TypeError(f'{path}: a parameter must be an array, got {leaf!r}')
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-      raise TypeError(f'{path}: complex parameters are not supported; split them into real and imaginary parts')
-  return paths, [leaf for _, leaf in leaves], treedef
-
-
-def _flatten_like(treedef: Any, paths: list[str], tree: Any, what: str) -> list[Any]:
-  """The leaves of `tree` that belong to the parameters; a ValueError names the first path that differs."""
-  try:
-    return treedef.flatten_up_to(tree)
-  except (ValueError, TypeError, KeyError):
-    entries, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_node_leaf)
-    found = [_array.path_str(path) for path, _ in entries]
-    missing = [path for path in paths if path not in found]
-    surplus = [path for path in found if path not in paths]
-    detail = '; '.join(
-      [f'{path} is missing' for path in missing[:1]] + [f'{path} is not a parameter' for path in surplus[:1]]
-    )
-    raise ValueError(f'{what} and parameters differ in structure: {detail or jax.tree.structure(tree)}') from None
-
-
-def _check_gradient(path: str, gradient: Any, param: Any) -> jax.Array:
-  if not hasattr(gradient, 'dtype'):
-    raise TypeError(f'{path}: the gradient must be a dense array, got {gradient!r}')
-  if _array.is_quantized(gradient) or not jnp.issubdtype(gradient.dtype, jnp.floating):
-    raise TypeError(f'{path}: the gradient must be a dense floating-point array, got {gradient!r}')
-  if gradient.shape != param.shape:
-    raise ValueError(f'{path}: the gradient has shape {gradient.shape}, the parameter {param.shape}')
-  return jnp.asarray(gradient)
-
-
+# Traced and, outside jit, compiled once for all leaves of one kind.
+@functools.partial(jax.jit, static_argnums=0)
 def update_leaf(
-  rule: Rule,
+  static: LeafUpdate,
   gradient: jax.Array,
   param: Any,
-  fields: Fields,
+  fields: list[Any],
+  reads: list[jax.Array],
+  scalars: list[jax.Array],
   hyperparams: dict[str, jax.Array],
   words: jax.Array,
   zero: jax.Array,
-  in_place: bool,
-  tile_size: int,
-) -> tuple[Any, Fields]:
+) -> tuple[Any, list[Any]]:
   """One leaf's update.
 
   Args:
-    rule: the optimizer.
+    static: see `LeafUpdate`.
     gradient: dense, in the parameter's shape.
     param: QuantizedArray or dense array.
-    fields: {name: QuantizedArray or dense array}, in the parameter's shape.
-    hyperparams: scalars.
-    words: uint32[1 + len(fields), 2], the random words of the parameter and of each field.
+    fields: QuantizedArrays or dense arrays in the parameter's shape, in the order of `static.fields`.
+    reads: dense arrays of that shape.
+    scalars: of the program.
+    hyperparams: scalars of the feedback.
+    words: uint32[1 + len(fields) or more, 2], the random words of the parameter and of each field.
     zero: uint32[], zero at run time.
-    in_place: whether to return the new parameter or the delta that leads there.
-    tile_size: in elements.
 
   Returns:
     (new parameter or delta, new fields).
   """
-  leaves = {'param': param, **fields}
-  blocks = [block for leaf in leaves.values() for block in _array.blocks_of(leaf)]
-  is_dense = not any(_array.is_quantized(leaf) for leaf in leaves.values())
-  tiling = _tiles.choose_tiling(param.shape, blocks, param.size if is_dense else tile_size)
+  slots = [param, *fields]
+  blocks = [block for leaf in slots for block in _array.blocks_of(leaf)]
+  is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
+  tiling = _tiles.choose_tiling(param.shape, blocks, param.size if is_dense else static.tile_size)
   cells = _codec.make_cells(tiling.tile_shape, blocks)
-  codecs = {name: _array.codec_of(leaf, tiling.tile_shape, cells) for name, leaf in leaves.items()}
-  word_of = dict(zip(leaves, words, strict=True))
+  param_codec, *codecs = (_array.codec_of(leaf, tiling.tile_shape, cells) for leaf in slots)
   dtype = _codec.compute_dtype(param.dtype)
   hyperparams = {name: jnp.asarray(value).astype(dtype) for name, value in hyperparams.items()}
 
-  def bits(name, coordinates):
-    format = _array.format_of(leaves[name])
+  def bits(slot, coordinates):
+    format = _array.format_of(slots[slot])
     if format is None or format.rounding == 'nearest':
       return None
     split = []
@@ -191,129 +139,287 @@ def update_leaf(
       ones[d] = coordinate.size
       sizes = [c if e == d else 1 for e, c in enumerate(cells.sizes)]
       split.append(coordinate.reshape(cells.view_shape(ones, sizes)))
-    return _random.random_bits(word_of[name], _random.element_index(param.shape, split))
+    return _random.random_bits(words[slot], _random.element_index(param.shape, split))
+
+  # Finite gradients keep the state finite, which the square of a larger one would not be.
+  squared = any(_array.is_quantized(field) and field.format.grid == 'sqrt' for field in fields)
 
   def first(coordinates, reads, writes):
     old = (reads | writes)['param']
-    values = {name: codecs[name].decode(writes[name]) for name in fields}
-    value = codecs['param'].decode(old)
-    delta, values = rule.update(cells.split(reads['gradient']).astype(dtype), value, values, hyperparams)
-    payload = codecs['param'].encode(value + delta, bits('param', coordinates), _codec.Change(old, delta))
-    return payload, values
+    value = param_codec.decode(old)
+    gradient = cells.split(reads['gradient']).astype(dtype)
+    if squared:
+      gradient = jnp.where(jnp.isfinite(gradient), jnp.clip(gradient, -_LARGEST_SQUARED, _LARGEST_SQUARED), gradient)
+    delta, *new = (
+      jnp.broadcast_to(x.astype(dtype), value.shape)
+      for x in static.program(
+        gradient,
+        value,
+        *(c.decode(tile).astype(x.dtype) for c, tile, x in zip(codecs, writes['fields'], fields, strict=True)),
+        *(cells.split(x) for x in reads['reads']),
+        *scalars,
+      )
+    )
+    payload = param_codec.encode(value + delta, bits(0, coordinates), _codec.Change(old, delta))
+    return payload, new
 
   def second(coordinates, carried):
     payload, values = carried
-    _, error = codecs['param'].finish(payload)
-    if rule.feedback is not None and error is not None:
-      values = rule.feedback(values, error, hyperparams)
-    encoded = {name: codecs[name].encode(value, bits(name, coordinates)) for name, value in values.items()}
-    return {name: codecs[name].finish(payload)[0] for name, payload in encoded.items()}
+    _, error = param_codec.finish(payload)
+    if static.feedback is not None and error is not None:
+      named = static.feedback.apply(dict(zip(static.fields, values, strict=True)), error, hyperparams)
+      values = [named[name] for name in static.fields]
+    return [
+      codec.finish(codec.encode(value, bits(1 + k, coordinates)))[0]
+      for k, (codec, value) in enumerate(zip(codecs, values, strict=True))
+    ]
 
   def last(carried, result, reads):
     payload, _ = carried
-    new, _ = codecs['param'].finish(payload)
-    if in_place:
-      return result | {'param': new}
+    new, _ = param_codec.finish(payload)
+    if static.in_place:
+      return {'param': new, 'fields': result}
     if _array.is_quantized(param):
       old = reads['param']._replace(codes=cells.split(reads['param'].codes))
-      return result | {'delta': _codec.subtract(new, old)}
-    return result | {'delta': _codec.Stored(payload.extra)}
+      return {'delta': _codec.subtract(new, old), 'fields': result}
+    return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
   stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
-  reads: dict[str, Any] = {'gradient': gradient}
-  writes = {name: _array.stored(leaf) for name, leaf in fields.items()}
-  if in_place:
+  only_read: dict[str, Any] = {'gradient': gradient, 'reads': reads}
+  writes: dict[str, Any] = {'fields': [_array.stored(leaf) for leaf in fields]}
+  if static.in_place:
     writes['param'] = _array.stored(param)
   else:
-    reads['param'] = _array.stored(param)
-    writes['delta'] = jax.tree.map(jnp.zeros_like, reads['param'])
+    only_read['param'] = _array.stored(param)
+    writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['param'])
   # XLA by itself updates arrays in place that are read and written in one dtype.
-  writes = _tiles.update_in_place(stages, tiling, zero, reads, writes, fused=is_dense)
-  new = _array.with_stored(param, writes['param' if in_place else 'delta'])
-  return new, {name: _array.with_stored(leaf, writes[name]) for name, leaf in fields.items()}
+  writes = _tiles.update_in_place(stages, tiling, zero, only_read, writes, fused=is_dense)
+  new = _array.with_stored(param, writes['param' if static.in_place else 'delta'])
+  return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
 
-def from_rule(rule: Rule, formats: Formats, key: jax.Array | None, tile_size: int | None) -> InPlaceTransformation:
-  """An Optax transformation that applies `rule` to parameters and state as they are stored.
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _flatten_gradients(params: _inner.Params, leaves: list[Any], gradients: Any) -> dict[int, jax.Array]:
+  """The gradients of the active leaves; an error names the first path that differs."""
+  try:
+    flat = params.treedef.flatten_up_to(gradients)
+  except (ValueError, TypeError, KeyError):
+    is_leaf = lambda x: _array.is_quantized(x) or isinstance(x, optax.MaskedNode)
+    found = [_array.path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path(gradients, is_leaf=is_leaf)[0]]
+    missing = [f'{path} is missing' for path in params.paths if path not in found]
+    surplus = [f'{path} is not a parameter' for path in found if path not in params.paths]
+    detail = '; '.join(missing[:1] + surplus[:1]) or jax.tree.structure(gradients)
+    raise ValueError(f'gradients and parameters differ in structure: {detail}') from None
+  out = {}
+  for i in params.active:
+    path, gradient, shape = params.paths[i], flat[i], params.templates[i].shape
+    if not hasattr(gradient, 'dtype'):
+      raise TypeError(f'{path}: the gradient must be a dense array, got {gradient!r}')
+    if _array.is_quantized(gradient) or not jnp.issubdtype(gradient.dtype, jnp.floating):
+      raise TypeError(f'{path}: the gradient must be a dense floating-point array, got {gradient!r}')
+    if gradient.shape != shape:
+      raise ValueError(f'{path}: the gradient has shape {gradient.shape}, the parameter {shape}')
+    out[i] = jnp.asarray(gradient)
+  return out
+
+
+def _find_uses(
+  inner: optax.GradientTransformationExtraArgs,
+  params: _inner.Params,
+  entries: Sequence[_inner.Entry],
+  arrays: Sequence[Any],
+  treedef: Any,
+  init: _program.Graph,
+) -> _uses.Uses:
+  """What the inner transformation does with its state, as far as it can be known before the first update."""
+  try:
+    plan = _inner.plan_update(inner, params, entries, arrays, treedef, {})
+  except (TypeError, ValueError):  # It needs extra arguments, a loss value say.
+    return _uses.Uses(entries, set(), {entry.field for entry in entries})
+  return _uses.find(init, plan)
+
+
+def _init_inner(
+  formats: _field_formats.Formats,
+  inner: optax.GradientTransformationExtraArgs,
+  params: _inner.Params,
+  leaves: list[Any],
+) -> Any:
+  """The inner transformation's first state, each array in its format."""
+  graph, shapes = _inner.trace_init(inner, params)
+  entries, arrays, treedef = _inner.entries_of(params, shapes)
+  uses = _find_uses(inner, params, entries, arrays, treedef, graph)
+  chosen = _field_formats.choose(formats, params, leaves, entries, uses)
+  owned = _inner.owned(entries)
+
+  def from_params(e, leaves):
+    """An entry that is no constant: a copy of the parameters, or a random key."""
+    of_input = dict(zip(graph.inputs, params.active, strict=True))
+    dense = lambda value: _array.dequantize(leaves[of_input[value]], graph.avals[value].dtype)
+    x = jnp.broadcast_to(graph.evaluate([graph.outputs[e]], dense)[graph.outputs[e]], arrays[e].shape)
+    return _array.encode(x, chosen[e], arrays[e].dtype) if e in owned else x
+
+  is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves))
+  out = []
+  for e, shape in enumerate(arrays):
+    constant = graph.constant(graph.outputs[e])
+    if constant is not None and e in owned:
+      out.append(_array.full(leaves[owned[e]], constant, chosen[e], shape.dtype))
+    elif constant is not None:
+      out.append(jnp.full(shape.shape, constant, shape.dtype))
+    elif is_abstract:
+      out.append(jax.eval_shape(functools.partial(from_params, e), leaves))
+    else:
+      out.append(from_params(e, leaves))
+  return treedef.unflatten(out)
+
+
+def low_precision(
+  inner: optax.GradientTransformation,
+  *,
+  formats: _field_formats.Formats = 'default',
+  key: jax.Array | None = None,
+  tile_size: int | None = None,
+) -> InPlaceTransformation:
+  """Keeps the parameters, and the state of any Optax transformation, in low precision.
+
+  What `inner` computes is found out by tracing it on dense arrays, once per trace of the step. Where a leaf's update is
+  elementwise, but for scalars that come from counts, schedules, gradients (the norm that clips them) or extra
+  arguments, it runs tile by tile, in place: sgd, adam, lion, rmsprop, schedule-free and their kin, with weight decay,
+  masks and partitions. Any other leaf (a norm of the parameters in lamb, a product of matrices in muon) is decoded,
+  updated and encoded whole, and so exists dense for that while; `memory_report` tells which, and why.
+
+  State arrays of a parameter's shape take a format each; counts, keys and statistics of other shapes (the factors of
+  adafactor) stay as they are. Small parameters stay dense, and so does their state, in float32 whatever the parameter's
+  dtype, for an average in bfloat16 stops moving.
 
   Args:
-    rule: the optimizer.
-    formats: a Format for every state field, one per field, or None for dense state.
-    key: for stochastic rounding.
-    tile_size: elements updated at a time; None chooses by backend. No result depends on it.
+    inner: the transformation. It sees float32 arrays, one per parameter (float64 for float64 ones).
+    formats: how state is stored. 'default' chooses by what `inner` does with a field: `UINT8_SQRT` for one that never
+      turns negative (a second moment), `BFLOAT16` for another that reaches a denominator, a root or a logarithm, `INT8`
+      for all others (momentum, weights). Decays and rates are taken to lie between 0 and 1. One Format is for every
+      field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for 8 bits or fewer, `BFLOAT16` for
+      more. None keeps all state dense. A dict {field: ...} gives a Format, None, or, as in `quantize`, a list of
+      (regular expression, Format or None) or a function of (path, leaf), for the fields it names, such as 'mu'; the
+      others keep their defaults.
+    key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
+    tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
 
   Returns:
-    An `InPlaceTransformation`.
-  """
-  formats = field_formats(formats, rule.fields)
-  raw_key = _random.raw_key(key)
-  # Traced and, outside jit, compiled once for all leaves of one kind.
-  update_one = jax.jit(functools.partial(update_leaf, rule), static_argnames=('in_place', 'tile_size'))
+    A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`. It must come last in a
+    chain: nothing may transform its integer deltas.
 
-  def init_field(path, leaf, format):
-    if _is_passive(leaf):
-      return optax.MaskedNode()
-    if format is not None and _format.exemption(leaf.shape, leaf.dtype, format):
-      format = None
-    if format is not None and leaf.dtype == jnp.float64:
-      raise TypeError(f'{path}: state of a float64 parameter cannot be kept in {format}; pass formats=None')
-    return _array.empty(leaf, format)
+  Raises:
+    TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf; for a state that it
+      did not make, at `update`. What `inner` itself raises gets a note that says how it was called.
+
+  >>> import jax, jax.numpy as jnp, optax, lpmm_optax as lpmm
+  >>> inner = optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01, momentum=0.9))
+  >>> tx = lpmm.low_precision(inner)
+  >>> target = jax.random.normal(jax.random.key(0), (64, 128))
+  >>> params = lpmm.quantize(jnp.zeros((64, 128)), lpmm.INT8)
+  >>> state = tx.init(params)
+  >>> optax.tree.get(state, 'nu'), optax.tree.get(state, 'trace')
+  (QuantizedArray(float32[64, 128] as uint8_sqrt), QuantizedArray(float32[64, 128] as int8))
+  >>> loss = lambda w: jnp.mean((w - target) ** 2)
+  >>> for _ in range(4):
+  ...   value, grads = jax.value_and_grad(loss)(lpmm.dequantize(params))
+  ...   print(f'{value:.2f}')
+  ...   params, state = lpmm.step(tx, grads, params, state)
+  1.03
+  1.00
+  0.94
+  0.88
+  """
+  return transform(inner, 'low_precision', formats, key, tile_size)
+
+
+def transform(
+  inner: optax.GradientTransformation,
+  name: str,
+  formats: _field_formats.Formats,
+  key: jax.Array | None,
+  tile_size: int | None,
+  feedback: _feedback.Feedback | None = None,
+) -> InPlaceTransformation:
+  """`low_precision` with feedback of rounding errors, under a name for messages."""
+  _field_formats.check(formats)
+  raw_key = _random.raw_key(key)
+  inner = optax.with_extra_args_support(inner)
 
   def init(params):
-    paths, leaves, treedef = _flatten(_array.unwrap(params))
-    fields = {
-      name: treedef.unflatten([init_field(*item, format) for item in zip(paths, leaves, strict=True)])
-      for name, format in formats.items()
-    }
-    return LowPrecisionState(jnp.zeros((), jnp.int32), raw_key, fields)
+    structure, leaves = _inner.flatten(_array.unwrap(params))
+    return LowPrecisionState(jnp.zeros((), jnp.int32), raw_key, _init_inner(formats, inner, structure, leaves))
 
-  def advance(gradients, params, state, in_place):
+  def advance(gradients, params, state, in_place, extra_args):
     if params is None:
-      raise ValueError(f'{rule.name} needs the parameters: call update(gradients, state, params)')
-    if not isinstance(state, LowPrecisionState) or set(state.fields) != set(rule.fields):
+      raise ValueError(f'{name} needs the parameters: call update(gradients, state, params)')
+    if not isinstance(state, LowPrecisionState):
       raise TypeError(
-        f'{rule.name} got a state of type {type(state).__name__} that it did not create; call its init, and see that '
-        'the chain that made the state is the one that uses it'
+        f'{name} got a state of type {type(state).__name__}, which it did not create; see that the chain that made the '
+        'state is the one that uses it'
       )
-    paths, leaves, treedef = _flatten(params)
-    gradients = _flatten_like(treedef, paths, gradients, 'gradients')
-    old_fields = {
-      name: _flatten_like(treedef, paths, tree, f'state field {name!r}') for name, tree in state.fields.items()
-    }
-    hyperparams = rule.hyperparams(state.count)
-    words = _random.slot_words(state.key, state.count, paths, 1 + len(rule.fields))
-    zero = _deterministic.runtime_zero(state.count)
-    size = tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves))
-    new_leaves: list[Any] = []
-    new_fields: dict[str, list[Any]] = {name: [] for name in rule.fields}
-    for i, (path, leaf, gradient) in enumerate(zip(paths, leaves, gradients, strict=True)):
-      fields = {name: old_fields[name][i] for name in rule.fields}
-      if _is_passive(leaf):
-        new = leaf if in_place else jnp.zeros_like(leaf)
-      else:
-        for name, field in fields.items():
-          if getattr(field, 'shape', None) != leaf.shape:
-            raise ValueError(f'{path}: state field {name!r} is {field!r}, which does not fit shape {leaf.shape}')
-        gradient = _check_gradient(path, gradient, leaf)
-        arrays = (gradient, leaf, fields, hyperparams, words[i], zero)
-        one = functools.partial(update_one, in_place=in_place, tile_size=size)
-        new, fields = _sharding.follow(one, _array.stored(leaf).codes, *arrays)
-      new_leaves.append(new)
-      for name in rule.fields:
-        new_fields[name].append(fields[name])
-    new_state = LowPrecisionState(
-      optax.safe_increment(state.count),
-      state.key,
-      {name: treedef.unflatten(values) for name, values in new_fields.items()},
-    )
-    return treedef.unflatten(new_leaves), new_state
+    structure, leaves = _inner.flatten(params)
+    gradients = _flatten_gradients(structure, leaves, gradients)
+    entries, arrays, treedef = _inner.entries_of(structure, state.inner_state)
+    _inner.check_state(name, inner, structure, entries, arrays)
+    plan = _inner.plan_update(inner, structure, entries, arrays, treedef, extra_args)
+    zero = _deterministic.runtime_zero(state.step)
+
+    def argument(value):
+      what, index = plan.inputs[value]
+      if what == 'state' and entries[index].leaf is None:
+        return arrays[index]
+      x = {'gradient': gradients, 'state': arrays, 'param': leaves}[what][index]
+      return _array.dequantize(x, plan.graph.avals[value].dtype)
+
+    outer = _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument), zero)()
+    hyperparams = feedback.hyperparams(state.step) if feedback else {}
+    paths = [structure.paths[i] for i in structure.active]
+    most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
+    words = dict(zip(structure.active, _random.slot_words(state.key, state.step, paths, 1 + most), strict=True))
+    size = tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
+    new_leaves = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
+    new_arrays = list(arrays)
+    for e, value in plan.shared.items():
+      new = jnp.broadcast_to(outer[value], arrays[e].shape)
+      new_arrays[e] = new if new.dtype == arrays[e].dtype else new.astype(arrays[e].dtype)
+    for i, leaf in plan.leaves.items():
+      names = tuple(entries[e].field for e in leaf.fields)
+      static = LeafUpdate(
+        leaf.program, names, feedback if feedback and feedback.fields <= set(names) else None, in_place, size
+      )
+      new_leaves[i], new_fields = _sharding.follow(
+        functools.partial(update_leaf, static),
+        _array.stored(leaves[i]).codes,
+        gradients[i],
+        leaves[i],
+        [arrays[e] for e in leaf.fields],
+        [outer[value] for value in leaf.reads],
+        [outer[value] for value in leaf.scalars],
+        hyperparams,
+        words[i],
+        zero,
+      )
+      for e, array in zip(leaf.fields, new_fields, strict=True):
+        new_arrays[e] = array
+    new_state = LowPrecisionState(optax.safe_increment(state.step), state.key, treedef.unflatten(new_arrays))
+    return structure.treedef.unflatten(new_leaves), new_state
 
   def update(updates, state, params=None, **extra_args):
-    del extra_args
-    return advance(updates, params, state, in_place=False)
+    return advance(updates, params, state, False, extra_args)
 
   def step(gradients, params, state, **extra_args):
-    del extra_args
-    return advance(gradients, params, state, in_place=True)
+    return advance(gradients, params, state, True, extra_args)
 
-  return InPlaceTransformation(init, update, step)
+  def obstacles(params):
+    structure, _ = _inner.flatten(_array.unwrap(params))
+    _, shapes = _inner.trace_init(inner, structure)
+    plan = _inner.plan_update(inner, structure, *_inner.entries_of(structure, shapes), {})
+    return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
+
+  return InPlaceTransformation(init, update, step, obstacles)

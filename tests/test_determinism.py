@@ -48,19 +48,28 @@ def assert_same_bits(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
+OPTIMIZERS = {
+  'sgdm': functools.partial(lpmm.sgdm, 0.1, weight_decay=0.01),
+  'sgdm without feedback': functools.partial(lpmm.sgdm, 0.1, weight_decay=0.01, error_feedback=False),
+  'adamw': functools.partial(lpmm.adamw, 0.01),
+  'lion': functools.partial(lpmm.lion, 0.01),
+}
+
+
 @pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4, lpmm.INT16, lpmm.BFLOAT16], ids=str)
-@pytest.mark.parametrize('feedback', [True, False])
-def test_step_equals_update_and_apply_updates(format, feedback):
-  tx = lpmm.sgdm(0.1, weight_decay=0.01, error_feedback=feedback, tile_size=2**14)
+@pytest.mark.parametrize('make', OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_step_equals_update_and_apply_updates(format, make):
+  tx = make(tile_size=2**14)
   assert_same_bits(run(tx, start(format), route='step'), run(tx, start(format), route='update'))
 
 
 @pytest.mark.parametrize('shape', [SHAPE, (3, 3, 64, 96), (131072,), (8, 127, 192), (320, 100)])
-def test_no_result_depends_on_the_tile_size(shape):
-  tx = functools.partial(lpmm.sgdm, 0.1, weight_decay=0.01)
-  whole = run(tx(tile_size=2**30), start(shape=shape), shape=shape)
-  for tile_size in (1, 2**12, 10000, 2**15):
-    assert_same_bits(run(tx(tile_size=tile_size), start(shape=shape), shape=shape), whole)
+@pytest.mark.parametrize('name', ['sgdm', 'adamw'])
+def test_no_result_depends_on_the_tile_size(shape, name):
+  make = OPTIMIZERS[name]
+  whole = run(make(tile_size=2**30), start(shape=shape), shape=shape)
+  for tile_size in (1, 10000, 2**15):
+    assert_same_bits(run(make(tile_size=tile_size), start(shape=shape), shape=shape), whole)
 
 
 def test_tiles_are_as_small_as_asked_and_cover_the_array():
@@ -83,15 +92,18 @@ MESHES = {'8': ((8, 1), ('x', 'y')), '4x2': ((4, 2), ('x', 'y')), '1x2': ((1, 2)
 SPECS = [P('x', None), P(None, 'x'), P('x', 'y'), P(('x', 'y'), None), P(None, ('x', 'y')), P()]
 
 
-@pytest.fixture(scope='module')
-def on_one_device():
-  return run(lpmm.sgdm(0.1, tile_size=2**14), start())
+@functools.cache
+def on_one_device(name):
+  return run(OPTIMIZERS[name](tile_size=2**14), start())
 
 
-@pytest.mark.parametrize('mesh', MESHES)
-@pytest.mark.parametrize('spec', SPECS, ids=str)
+CASES = [('sgdm', mesh, spec) for mesh in MESHES for spec in SPECS]
+CASES += [('adamw', '4x2', spec) for spec in SPECS]
+
+
+@pytest.mark.parametrize(('name', 'mesh', 'spec'), CASES, ids=str)
 @pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
-def test_every_sharding_gives_the_same_bits_without_communication(mesh, spec, axis_type, on_one_device):
+def test_every_sharding_gives_the_same_bits_without_communication(name, mesh, spec, axis_type):
   sizes, names = MESHES[mesh]
   devices = jax.devices()[: sizes[0] * sizes[1]]
   mesh = jax.make_mesh(sizes, names, axis_types=(axis_type,) * 2, devices=devices)
@@ -100,17 +112,18 @@ def test_every_sharding_gives_the_same_bits_without_communication(mesh, spec, ax
     'w': jax.device_put(tree['w'], NamedSharding(mesh, spec)),
     'b': jax.device_put(tree['b'], replicated),
   }
-  tx = lpmm.sgdm(0.1, tile_size=2**14)
+  tx = OPTIMIZERS[name](tile_size=2**14)
   with jax.set_mesh(mesh):
     params = place(start())
     new, state = run(tx, params, place=place)
     compiled = jax.jit(functools.partial(lpmm.step, tx)).lower(place(gradient(0)), params, state).compile().as_text()
-  assert_same_bits((new, state), on_one_device)
+  assert_same_bits((new, state), on_one_device(name))
   assert not re.search(r'all-gather|all-to-all|all-reduce|collective-permute', compiled)
   assert re.search(r'while\(', compiled)
+  momentum = optax.tree.get(state, 'trace' if name == 'sgdm' else 'mu')
   local = {
     name: x.addressable_shards[0].data.size
-    for name, x in (('codes', new['w'].codes), ('momentum', state.fields['trace']['w'].codes))
+    for name, x in (('codes', new['w'].codes), ('momentum', momentum['w'].codes))
   }
   shards = NamedSharding(mesh, spec).shard_shape(SHAPE)
   assert local == {'codes': shards[0] * shards[1], 'momentum': shards[0] * shards[1]}

@@ -28,6 +28,17 @@ def test_bytes_per_parameter_on_large_leaves():
   assert lpmm.memory_report(params, (state, accumulator)).reduction >= 0.74
 
 
+def test_bytes_per_parameter_of_adamw_and_lion():
+  params, accumulator = stored(LARGE, lpmm.INT8), stored(LARGE, lpmm.Format(block_size=128))
+  for tx, moments in ((lpmm.adamw(0.1), 2), (lpmm.lion(0.1), 1)):
+    state = tx.init(params)
+    report = lpmm.memory_report(params, state)
+    assert report.bytes_per_param == pytest.approx((1 + 2 / 64) + moments * (1 + 2 / 128), abs=1e-5)
+  state = lpmm.adamw(0.1).init(params)
+  assert lpmm.memory_report(params, state).bytes_per_param <= 3.10
+  assert lpmm.memory_report(params, (state, accumulator)).bytes_per_param <= 4.13
+
+
 @pytest.mark.parametrize(('bits', 'expected'), [(4, 0.5 + 2 / 64), (8, 1 + 2 / 64), (16, 2 + 2 / 64)])
 def test_sub_byte_parameters_are_counted_by_their_bits(bits, expected):
   report = lpmm.memory_report(stored(LARGE, lpmm.Format(bits=bits)))

@@ -109,7 +109,7 @@ def test_virtual_weights_follow_exact_sgd_under_feedback(learning_rate):
   # Dense momentum, so that the parameter's rounding is the only one.
   tx = lpmm.sgdm(learning_rate, b, formats=None, error_feedback=True)
   params, state = train(tx, start, grads)
-  velocity = state.fields['trace']['kernel']
+  velocity = optax.tree.get(state, 'trace')['kernel']
   virtual = lpmm.dequantize(params)['kernel'] - b / (1 - b) * velocity
   rates = np.array([schedule(i) for i in range(steps)], np.float64)
   moved = np.einsum('i,ijk->jk', rates, np.asarray(grads['kernel'], np.float64)) / (1 - b)
@@ -192,7 +192,7 @@ def test_a_bad_gradient_stays_visible_and_poisons_only_its_block(bad, feedback):
   finite = np.isfinite(lpmm.dequantize(params)['w'])
   assert not finite[2, 70]
   momentum_block = slice(0, 128)
-  assert not np.isfinite(lpmm.dequantize(state.fields['trace'])['w'][2, momentum_block]).any()
+  assert not np.isfinite(lpmm.dequantize(optax.tree.get(state, 'trace'))['w'][2, momentum_block]).any()
   finite[2, momentum_block] = True
   assert finite.all()
 
@@ -252,8 +252,8 @@ def with_leaf(tree, name, leaf):
     (lambda g, s, p: (g, s, None), 'needs the parameters'),
     (lambda g, s, p: (g, optax.sgd(0.1, momentum=0.9).init(g), p), 'did not create'),
     (lambda g, s, p: (g, lpmm.sgdm(0.1, momentum=None).init(p), p), 'did not create'),
-    (lambda g, s, p: (g, lpmm.sgdm(0.1).init(without_bias(p)), p), 'layer/bias is missing'),
-    (lambda g, s, p: (g, lpmm.sgdm(0.1).init(with_leaf(p, 'bias', jnp.ones(5))), p), 'layer/bias.*shape'),
+    (lambda g, s, p: (g, lpmm.sgdm(0.1).init(without_bias(p)), p), 'trace/layer/bias is missing'),
+    (lambda g, s, p: (g, lpmm.sgdm(0.1).init(with_leaf(p, 'bias', jnp.ones(5))), p), 'trace/layer/bias.*shape'),
     (lambda g, s, p: (g, s, with_leaf(p, 'bias', 1.0)), 'layer/bias.*array'),
     (lambda g, s, p: (g, s, with_leaf(p, 'bias', jnp.ones(4, jnp.complex64))), 'layer/bias.*complex'),
   ],
@@ -270,4 +270,4 @@ def test_bad_input_is_named(change, message):
 )
 def test_bad_formats_are_named(formats, message):
   with pytest.raises((TypeError, ValueError), match=message):
-    lpmm.sgdm(0.1, formats=formats)
+    lpmm.sgdm(0.1, formats=formats).init(lpmm.quantize(tree(), lpmm.INT8))

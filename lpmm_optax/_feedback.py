@@ -1,0 +1,60 @@
+"""Error feedback: what becomes of the rounding errors of parameters."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+
+from lpmm_optax import _field_formats
+from lpmm_optax import _format
+from lpmm_optax._format import Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+  """Where the rounding errors of the parameters go.
+
+  Attributes:
+    fields: the state fields it needs; a leaf that lacks one gets none.
+    hyperparams: `step -> {name: scalar}`, computed once per step.
+    apply: `(fields, error, hyperparams) -> fields` on dense tiles, with error = (parameter + delta) - (what is stored).
+  """
+
+  fields: frozenset[str]
+  hyperparams: Callable[[jax.Array], dict[str, jax.Array]]
+  apply: Callable[[dict[str, jax.Array], jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]
+
+
+def _may_be(formats: _field_formats.Formats, field: str) -> list[Format | None]:
+  """The formats that a field may be stored in, as far as the argument tells; `INT8` stands for the default."""
+  wanted: Any = formats.get(field, 'default') if isinstance(formats, Mapping) else formats
+  if wanted == 'default':
+    return [_format.INT8]
+  if wanted is None or isinstance(wanted, Format):
+    return [wanted]
+  return [] if callable(wanted) else [format for _, format in wanted]
+
+
+def problem_with(formats: _field_formats.Formats, field: str) -> str | None:
+  """Why rounding errors cannot be put into a momentum stored so, or None if they can."""
+  for format in _may_be(formats, field):
+    if format is not None and format.rounding == 'nearest':
+      return f'it oscillates when the momentum is rounded to nearest ({format})'
+    if format is not None and format.bits < 8:
+      return f'it diverges with a momentum of fewer than 8 bits ({format})'
+  return None
+
+
+def decide(error_feedback: bool | None, problem: str | None, formats: _field_formats.Formats, field: str) -> bool:
+  """Whether errors are fed back: as the user says, or wherever it works and the momentum is in low precision at all.
+
+  Raises:
+    ValueError: if the user insists where there is a problem.
+  """
+  if error_feedback and problem:
+    raise ValueError(f'error_feedback cannot work here: {problem}')
+  if error_feedback is None:
+    return problem is None and _may_be(formats, field) != [None]
+  return error_feedback

@@ -1,0 +1,39 @@
+"""Hyperparameters: numbers, arrays, tracers or schedules, and the one mistake that would pass unseen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def check(name: str, value: Any) -> Any:
+  """The scalar; refuses an array that was cast to the integer type of quantized parameters.
+
+  Raises:
+    TypeError: if it has an integer dtype.
+    ValueError: if it is no scalar.
+  """
+  if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jnp.floating):
+    raise TypeError(
+      f'{name} has dtype {value.dtype}: optax.inject_hyperparams takes it from the parameters, whose codes are '
+      'integers, unless it is given hyperparam_dtype=jnp.float32'
+    )
+  if jnp.shape(value):
+    raise ValueError(f'{name} must be a scalar, got shape {jnp.shape(value)}')
+  return value
+
+
+def checked(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+  """The scalar, or the schedule with every one of its values checked."""
+  return (lambda count: check(name, value(count))) if callable(value) else check(name, value)
+
+
+def current(value: optax.ScalarOrSchedule, step: jax.Array) -> jax.Array:
+  """A checked hyperparameter at a step, in float."""
+  return jnp.asarray(value(step) if callable(value) else value, float)
+
+
+def is_zero(value: Any) -> bool:
+  """Whether a hyperparameter is known to be zero."""
+  return isinstance(value, float | int) and value == 0

@@ -1,0 +1,312 @@
+"""An Optax transformation seen leaf by leaf: what of its state belongs to which parameter, and what of its update is
+elementwise.
+
+Nothing here goes by names: `inner.update` is traced once on the dense tree, masks, partitions, schedules and all, and
+the graph is cut into one elementwise program per leaf and the rest, the *outer* part: step counts, learning rates,
+norms of gradients, and whole leaves where the update is not elementwise.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lpmm_optax import _array
+from lpmm_optax import _codec
+from lpmm_optax import _program
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+  """The parameters' structure, and the leaves that are updated; inner transformations see a MaskedNode for others.
+
+  Attributes:
+    treedef: of the whole tree, quantized leaves being leaves.
+    keys: the key path of every leaf.
+    paths: the same as users write it.
+    active: indices of the leaves that are updated: floating point, and not empty.
+    templates: the dense array that each active leaf stands for.
+  """
+
+  treedef: Any
+  keys: tuple[Any, ...]
+  paths: tuple[str, ...]
+  active: tuple[int, ...]
+  templates: dict[int, jax.ShapeDtypeStruct]
+
+  def tree(self, by_leaf: Any) -> Any:
+    """The tree that an inner transformation sees, from a value per active leaf."""
+    leaves: list[Any] = [optax.MaskedNode()] * len(self.keys)
+    for i in self.active:
+      leaves[i] = by_leaf[i]
+    return self.treedef.unflatten(leaves)
+
+
+def flatten(params: Any) -> tuple[Params, list[Any]]:
+  """The structure of a parameter tree, and its leaves.
+
+  Raises:
+    TypeError: for a leaf that cannot be a parameter, naming it.
+  """
+  items, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_array.is_quantized)
+  templates = {}
+  for i, (path, leaf) in enumerate(items):
+    if not hasattr(leaf, 'dtype'):
+      raise TypeError(f'{_array.path_str(path)}: a parameter must be an array, got {leaf!r}')
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+      raise TypeError(
+        f'{_array.path_str(path)}: complex parameters are not supported; split them into real and imaginary parts'
+      )
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size:
+      templates[i] = jax.ShapeDtypeStruct(leaf.shape, _codec.compute_dtype(leaf.dtype))
+  keys = tuple(path for path, _ in items)
+  paths = tuple(_array.path_str(path) for path in keys)
+  return Params(treedef, keys, paths, tuple(templates), templates), [leaf for _, leaf in items]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One array of an inner state.
+
+  Attributes:
+    path: where it stands in the state.
+    field: the last name on the way there that is not part of a parameter's path: 'mu', 'trace', 'count'.
+    leaf: index of the parameter that it has an element for each element of; None if it is shared or of another shape.
+    below: path of the parameter whose place it has in a tree like the parameters; None outside such a tree.
+  """
+
+  path: str
+  field: str
+  leaf: int | None
+  below: str | None
+
+
+def owned(entries: Sequence[Entry]) -> dict[int, int]:
+  """For the entries that belong to a leaf, by index, the leaf."""
+  return {e: entry.leaf for e, entry in enumerate(entries) if entry.leaf is not None}
+
+
+def entries_of(params: Params, state: Any) -> tuple[list[Entry], list[Any], Any]:
+  """The entries of an inner state with their arrays, and the state's structure.
+
+  An array belongs to the parameter whose whole path ends its own: state trees are made like the parameters.
+  """
+  by_keys = {params.keys[i]: i for i in params.active}
+  items, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_array.is_quantized)
+  entries = []
+  for path, x in items:
+    cut, leaf = next(((k, by_keys[path[k:]]) for k in range(len(path) + 1) if path[k:] in by_keys), (len(path), None))
+    names = [str(getattr(key, 'name', getattr(key, 'key', ''))) for key in path[:cut]]
+    field = next((name for name in reversed(names) if name and not name.isdigit()), 'state')
+    below = None if leaf is None else params.paths[leaf]
+    if leaf is not None:
+      same = x.shape == params.templates[leaf].shape and jnp.issubdtype(x.dtype, jnp.floating)
+      leaf = leaf if same else None
+    entries.append(Entry(_array.path_str(path), field, leaf, below))
+  return entries, [x for _, x in items], treedef
+
+
+def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
+  try:
+    return _program.trace(fn, *args)
+  except Exception as error:
+    error.add_note(
+      f'lpmm_optax was tracing {inner_method} of the inner transformation, to which parameters are dense arrays, one '
+      'per leaf. Its state must be arrays; a mask or label tree must have one entry per parameter (make it with '
+      'is_leaf=lpmm_optax.is_quantized, or pass a function), or wrap with optax.masked or optax.partition outside.'
+    )
+    raise
+
+
+def trace_init(inner: optax.GradientTransformation, params: Params) -> tuple[_program.Graph, Any]:
+  """The graph of `inner.init` on the dense parameters, and the state's ShapeDtypeStructs."""
+  return _explained('init', inner.init, params.tree(params.templates))
+
+
+def check_state(
+  name: str,
+  inner: optax.GradientTransformation,
+  params: Params,
+  entries: Sequence[Entry],
+  arrays: Sequence[Any],
+) -> None:
+  """Raises a ValueError, naming the array, unless the state is one that inner makes for these parameters."""
+  _, shapes = trace_init(inner, params)
+  expected, templates, _ = entries_of(params, shapes)
+  found = {entry.path: x.shape for entry, x in zip(entries, arrays, strict=True)}
+  wanted = {entry.path: x.shape for entry, x in zip(expected, templates, strict=True)}
+  problem = next((f'{path} is missing' for path in wanted if path not in found), None)
+  problem = problem or next((f'it has no {path}' for path in found if path not in wanted), None)
+  for path, shape in wanted.items():
+    if not problem and found[path] != shape:
+      problem = f'{path} has shape {found[path]}, expected {shape}'
+  if problem:
+    raise ValueError(
+      f'{name} got a state that it did not create for these parameters: {problem}; see that the chain that made the '
+      'state is the one that uses it'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafPlan:
+  """How one leaf is updated.
+
+  Attributes:
+    program: gives delta and new fields from (gradient, parameter, *fields, *reads, *scalars).
+    fields: indices of the leaf's entries.
+    reads: outer values of the leaf's shape.
+    scalars: outer values that are uniform.
+    obstacle: the operation that is not elementwise, if the leaf is processed whole, else None.
+  """
+
+  program: _program.Program
+  fields: tuple[int, ...]
+  reads: tuple[int, ...]
+  scalars: tuple[int, ...]
+  obstacle: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How an update is split.
+
+  Attributes:
+    graph: of the whole update.
+    inputs: what each input of the graph is: ('gradient', leaf), ('state', entry) or ('param', leaf).
+    entries: of the state.
+    new: for each entry, the value that replaces it.
+    leaves: by index of the active leaf.
+  """
+
+  graph: _program.Graph
+  inputs: dict[int, tuple[str, int]]
+  entries: tuple[Entry, ...]
+  new: tuple[int, ...]
+  leaves: dict[int, LeafPlan]
+
+  @property
+  def shared(self) -> dict[int, int]:
+    """For each entry that belongs to no leaf, by index, the outer value that replaces it."""
+    return {e: self.new[e] for e, entry in enumerate(self.entries) if entry.leaf is None}
+
+  @property
+  def outer(self) -> list[int]:
+    """All outer values that are needed."""
+    wanted = list(self.shared.values())
+    for leaf in self.leaves.values():
+      wanted += [*leaf.reads, *leaf.scalars]
+    return list(dict.fromkeys(wanted))
+
+
+def plan_update(
+  inner: optax.GradientTransformationExtraArgs,
+  params: Params,
+  entries: Sequence[Entry],
+  arrays: Sequence[Any],
+  treedef: Any,
+  extra_args: dict[str, Any],
+) -> Plan:
+  """Traces `inner.update` and cuts it into the leaves' programs and the outer part.
+
+  Args:
+    inner: the transformation.
+    params: the parameters' structure.
+    entries: of the state.
+    arrays: the entries' arrays, of which shapes and dtypes count.
+    treedef: the state's structure.
+    extra_args: passed on; arrays in them are shared by all leaves.
+
+  Raises:
+    ValueError: if inner returns updates or a state of another structure than it got.
+  """
+  like_params = params.tree(params.templates)
+  like_state = treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays])
+  graph, (updates, new_state) = _explained(
+    'update', lambda g, s, p: inner.update(g, s, p, **extra_args), like_params, like_state, like_params
+  )
+  for what, got, expected in (('updates', updates, like_params), ('a state', new_state, like_state)):
+    got_treedef: Any = jax.tree.structure(got)
+    if got_treedef != jax.tree.structure(expected):
+      raise ValueError(
+        f'the inner transformation got {"gradients" if what == "updates" else "a state"} of structure '
+        f'{jax.tree.structure(expected)} and returned {what} of structure {got_treedef}'
+      )
+  numbers = iter(graph.inputs)
+  inputs = {next(numbers): ('gradient', i) for i in params.active}
+  inputs |= {next(numbers): ('state', e) for e in range(len(entries))}
+  inputs |= {next(numbers): ('param', i) for i in params.active}
+  of = {what: value for value, what in inputs.items()}
+  outputs = iter(graph.outputs)
+  deltas = {i: next(outputs) for i in params.active}
+  new = tuple(outputs)
+
+  owners, stored = _owners(graph, entries, inputs)
+  fields: dict[int, tuple[int, ...]] = dict.fromkeys(params.active, ())
+  for e, i in owned(entries).items():
+    fields[i] += (e,)
+  leaves = {}
+  for i in params.active:
+    arguments = [of['gradient', i], of['param', i], *(of['state', e] for e in fields[i])]
+    wanted = [deltas[i], *(new[e] for e in fields[i])]
+    for value in wanted:
+      if not graph.uniform[value] and graph.shape(value) != params.templates[i].shape:
+        raise ValueError(
+          f'{params.paths[i]}: the inner transformation returned an update or state of shape {graph.shape(value)} for '
+          f'one of shape {params.templates[i].shape}'
+        )
+    leaves[i] = _plan_leaf(graph, i, arguments, wanted, fields[i], owners, stored)
+  return Plan(graph, inputs, tuple(entries), new, leaves)
+
+
+def _owners(
+  graph: _program.Graph, entries: Sequence[Entry], inputs: dict[int, tuple[str, int]]
+) -> tuple[list[int | None], list[bool]]:
+  """For every value, the leaf it depends on elementwise, if just one; and whether it depends on stored arrays."""
+  owners: list[int | None] = [None] * len(graph.avals)
+  stored = [False] * len(graph.avals)
+  for value, (what, index) in inputs.items():
+    owners[value] = entries[index].leaf if what == 'state' else index
+    stored[value] = what != 'gradient' and owners[value] is not None
+  for op in graph.ops:
+    found = {owners[value] for value in op.inputs} - {None}
+    pointwise = graph.elementwise(op) or (op.name in _program.RESHAPES and graph.uniform[op.outputs[0]])
+    for value in op.outputs:
+      owners[value] = found.pop() if pointwise and len(found) == 1 else None
+      stored[value] = any(stored[value] for value in op.inputs)
+  return owners, stored
+
+
+def _plan_leaf(
+  graph: _program.Graph,
+  leaf: int,
+  arguments: list[int],
+  wanted: list[int],
+  fields: tuple[int, ...],
+  owners: list[int | None],
+  stored: list[bool],
+) -> LeafPlan:
+  inside = lambda value: owners[value] == leaf
+  boundary = [value for op in graph.slice(wanted, lambda v: not inside(v)) for value in op.inputs if not inside(value)]
+  boundary += [value for value in wanted if not inside(value)]
+  boundary = [v for v in dict.fromkeys(boundary) if not graph.is_literal(v)]
+  shape = graph.shape(arguments[0])
+  fits = lambda v: owners[v] is None and not stored[v] and (graph.uniform[v] or graph.shape(v) == shape)
+  misfit = next((value for value in boundary if not fits(value)), None)
+  if misfit is None:
+    reads = tuple(value for value in boundary if not graph.uniform[value])
+    scalars = tuple(value for value in boundary if graph.uniform[value])
+    program = _program.cut(graph, [*arguments, *reads, *scalars], wanted)
+    return LeafPlan(program, fields, reads, scalars, None)
+  crossings = [
+    op.name
+    for op in graph.slice([misfit])
+    if any(owners[v] is not None for v in op.inputs) and owners[op.outputs[0]] is None
+  ]
+  # Computed outside; what is left to the leaf's program is to take the results.
+  reads = tuple(dict.fromkeys(value for value in wanted if not graph.uniform[value]))
+  scalars = tuple(dict.fromkeys(value for value in wanted if graph.uniform[value] and not graph.is_literal(value)))
+  program = _program.cut(graph, [*arguments, *reads, *scalars], wanted)
+  return LeafPlan(program, fields, reads, scalars, crossings[0] if crossings else 'another leaf')

@@ -1,0 +1,278 @@
+"""What a traced function computes: which of it is elementwise, and small programs that do that much on tiles.
+
+A `Graph` is a jaxpr with its inner calls inlined. A `Program` is an elementwise part of a graph, cut out between given
+values: hashable, since equal leaves share one compiled update, and free of shapes, since a tile has another one than
+its leaf.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core as jex
+import jax.numpy as jnp
+import numpy as np
+
+_CALLS = {
+  'checkpoint': 'jaxpr',
+  'closed_call': 'call_jaxpr',
+  'core_call': 'call_jaxpr',
+  'custom_jvp_call': 'call_jaxpr',
+  'custom_vjp_call': 'call_jaxpr',
+  'jit': 'jaxpr',
+}
+
+# Their result at an index depends on their operands at that index alone, and their parameters name no shape.
+# fmt: off
+_ELEMENTWISE = frozenset({
+  'abs', 'acos', 'acosh', 'add', 'add_any', 'and', 'asin', 'asinh', 'atan', 'atan2', 'atanh', 'bessel_i0e',
+  'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'copy', 'cos', 'cosh',
+  'digamma', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow',
+  'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg', 'nextafter',
+  'not', 'or', 'population_count', 'pow', 'reduce_precision', 'rem', 'round', 'rsqrt', 'select_n', 'shift_left',
+  'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin', 'sinh', 'sqrt', 'square', 'stop_gradient', 'sub',
+  'tan', 'tanh', 'xor',
+})
+# fmt: on
+
+_REDUCTIONS = frozenset({'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_sum'})
+
+# What only changes the shape of a value that is the same everywhere.
+RESHAPES = frozenset({'broadcast_in_dim', 'expand_dims', 'reshape', 'squeeze'})
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """One operation, on values known by number."""
+
+  primitive: jex.Primitive
+  params: dict[str, Any]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+
+  @property
+  def name(self) -> str:
+    return self.primitive.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+  """A function as operations in order; a value's number is its index in `avals`.
+
+  Attributes:
+    ops: the operations.
+    avals: shape and dtype of every value.
+    known: values that are no result of an operation and no input: literals, and what the function closed over.
+    inputs: numbers of the arguments' leaves.
+    outputs: numbers of the results' leaves.
+    uniform: whether a value is one number throughout; such a value is computed as a scalar.
+  """
+
+  ops: tuple[Op, ...]
+  avals: tuple[Any, ...]
+  known: dict[int, Any]
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  uniform: tuple[bool, ...]
+
+  def shape(self, value: int) -> tuple[int, ...]:
+    return tuple(self.avals[value].shape)
+
+  def is_literal(self, value: int) -> bool:
+    """Whether a value is a scalar that stands in the program."""
+    const = self.known.get(value)
+    return isinstance(const, np.ndarray) and const.ndim == 0
+
+  def constant(self, value: int) -> float | int | bool | None:
+    """The number that a uniform value is if it follows from literals alone, else None."""
+    sources = {value, *(v for op in self.slice([value]) for v in op.inputs)}
+    results = {v for op in self.ops for v in op.outputs}
+    is_number = jnp.issubdtype(self.avals[value].dtype, jnp.number) or self.avals[value].dtype == bool
+    if not (is_number and self.uniform[value] and all(self.is_literal(v) or v in results for v in sources)):
+      return None
+    with jax.ensure_compile_time_eval():
+      return self.evaluate([value], lambda _: None)[value].item()
+
+  def elementwise(self, op: Op) -> bool:
+    """Whether every result at an index depends on the operands at that index alone."""
+    shapes = {self.shape(value) for value in op.inputs if not self.uniform[value]}
+    return op.name in _ELEMENTWISE and shapes <= {self.shape(op.outputs[0])}
+
+  def slice(self, wanted: Iterable[int], stop: Callable[[int], bool] = lambda value: False) -> list[Op]:
+    """The operations, in order, that compute the wanted values from inputs and from values at which to stop."""
+    needed = {value for value in wanted if not stop(value)}
+    out = []
+    for op in reversed(self.ops):
+      if needed.intersection(op.outputs):
+        out.append(op)
+        needed.update(value for value in op.inputs if not stop(value))
+    return out[::-1]
+
+  def evaluate(self, wanted: Sequence[int], argument: Callable[[int], Any]) -> dict[int, jax.Array]:
+    """The wanted values, uniform ones as scalars; `argument` gives an input by its number, if it is needed."""
+    env: dict[int, Any] = {}
+
+    def read(value):
+      if value not in env:
+        x = self.known[value] if value in self.known else argument(value)
+        env[value] = jnp.reshape(x, ()) if self.uniform[value] and np.ndim(x) else x
+      return env[value]
+
+    for op in self.slice(wanted):
+      operands = [read(value) for value in op.inputs]
+      if op.name in RESHAPES and self.uniform[op.outputs[0]]:
+        env[op.outputs[0]] = operands[0]
+      elif self.elementwise(op):
+        env[op.outputs[0]] = bind_elementwise(op.primitive, op.params, operands)
+      else:
+        full = [jnp.broadcast_to(x, self.shape(value)) for x, value in zip(operands, op.inputs, strict=True)]
+        results = op.primitive.bind(*full, **op.primitive.get_bind_params(op.params))
+        for value, x in zip(op.outputs, results if op.primitive.multiple_results else [results], strict=True):
+          env[value] = jnp.reshape(x, ()) if self.uniform[value] else x
+    return {value: read(value) for value in wanted}
+
+
+def bind_elementwise(primitive: jex.Primitive, params: Mapping[str, Any], operands: Sequence[Any]) -> jax.Array:
+  """Applies an elementwise primitive to arrays of one shape and to scalars.
+
+  An array divided by a scalar is multiplied by its reciprocal, as a bias correction would otherwise take most of Adam's
+  arithmetic; it differs in the last bit.
+  """
+  by_scalar = primitive is lax.div_p and np.ndim(operands[0]) and not np.ndim(operands[1])
+  if by_scalar and jnp.issubdtype(operands[0].dtype, jnp.floating):
+    primitive, operands = lax.mul_p, [operands[0], 1 / operands[1]]
+  shape = jnp.broadcast_shapes(*(np.shape(x) for x in operands))
+  return primitive.bind(*(jnp.broadcast_to(x, shape) for x in operands), **params)
+
+
+def _is_cheap(jaxpr: Any) -> bool:
+  """Whether a branch can as well be computed and then thrown away, which makes it elementwise where its parts are."""
+  inner: list[Any] = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name in _CALLS:
+      inner.append(eqn.params[_CALLS[eqn.primitive.name]])
+    elif eqn.primitive is lax.cond_p:
+      inner += eqn.params['branches']
+    elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | _REDUCTIONS:
+      return False
+  return not jaxpr.effects and all(_is_cheap(part) for part in inner)
+
+
+def trace(fn: Callable, *args: Any) -> tuple[Graph, Any]:
+  """The graph of `fn(*args)` and its result's pytree of ShapeDtypeStructs; what fn closes over becomes `known`."""
+  # Optax's optimizers and schedules mix dtypes, whatever the user's setting is for code of their own.
+  with jax.numpy_dtype_promotion('standard'):
+    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+  ops: list[Op] = []
+  avals: list[Any] = []
+  known: dict[int, Any] = {}
+
+  def new(aval):
+    avals.append(aval)
+    return len(avals) - 1
+
+  def inline(jaxpr, consts, arguments):
+    env = dict(zip(jaxpr.invars, arguments, strict=True))
+    for var, const in zip(jaxpr.constvars, consts, strict=True):
+      env[var] = new(var.aval)
+      known[env[var]] = const
+
+    def read(atom):
+      if not isinstance(atom, jex.Literal):
+        return env[atom]
+      aval: Any = atom.aval
+      value = new(aval)
+      known[value] = np.asarray(atom.val, aval.dtype)
+      return value
+
+    for eqn in jaxpr.eqns:
+      inputs = tuple(read(atom) for atom in eqn.invars)
+      if eqn.primitive is lax.cond_p and all(_is_cheap(branch) for branch in eqn.params['branches']):
+        index, *operands = inputs
+        cases = [inline(branch.jaxpr, branch.consts, operands) for branch in eqn.params['branches']]
+        outputs = [new(var.aval) for var in eqn.outvars]
+        for value, *alternatives in zip(outputs, *cases, strict=True):
+          ops.append(Op(lax.select_n_p, {}, (index, *alternatives), (value,)))
+      elif eqn.primitive.name in _CALLS:
+        inner = eqn.params[_CALLS[eqn.primitive.name]]
+        open_jaxpr, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
+        outputs = inline(open_jaxpr, inner_consts, inputs)
+      else:
+        outputs = [new(var.aval) for var in eqn.outvars]
+        ops.append(Op(eqn.primitive, dict(eqn.params), inputs, tuple(outputs)))
+      env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  inputs = [new(var.aval) for var in closed.jaxpr.invars]
+  outputs = inline(closed.jaxpr, closed.consts, inputs)
+  graph = Graph(tuple(ops), tuple(avals), known, tuple(inputs), tuple(outputs), ())
+  return dataclasses.replace(graph, uniform=_uniform(graph)), out_shape
+
+
+def _uniform(graph: Graph) -> tuple[bool, ...]:
+  uniform = [math.prod(aval.shape) == 1 for aval in graph.avals]
+  for op in graph.ops:
+    if op.name in _ELEMENTWISE | RESHAPES and all(uniform[value] for value in op.inputs):
+      uniform[op.outputs[0]] = True
+  return tuple(uniform)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """An elementwise function of arrays of one shape and of scalars.
+
+  Attributes:
+    steps: (primitive, parameters, operands) per operation; an operand is a number or a `Literal`. Numbers count first
+      the arguments, then the results of the steps.
+    results: what the program returns, by number or as a Literal.
+  """
+
+  steps: tuple[tuple[jex.Primitive, tuple[tuple[str, Any], ...], tuple[Any, ...]], ...]
+  results: tuple[Any, ...]
+
+  def __call__(self, *arguments: Any) -> list[jax.Array]:
+    """The results; scalars where they depend on scalars alone."""
+    env = list(arguments)
+    read = lambda x: jnp.asarray(x.value, x.dtype) if isinstance(x, Literal) else env[x]
+    for primitive, params, operands in self.steps:
+      env.append(bind_elementwise(primitive, dict(params), [read(x) for x in operands]))
+    return [read(x) for x in self.results]
+
+
+@dataclasses.dataclass(frozen=True)
+class Literal:
+  """A scalar that the compiler may know."""
+
+  value: float | int | bool
+  dtype: str
+
+
+def cut(graph: Graph, arguments: Sequence[int], wanted: Sequence[int]) -> Program:
+  """The part of a graph between `arguments` and `wanted`, as a Program.
+
+  Raises:
+    ValueError: if the wanted values need anything but the arguments and literals.
+  """
+  number: dict[int, Any] = {value: i for i, value in enumerate(arguments)}
+
+  def read(value):
+    if value not in number:
+      if not graph.is_literal(value):
+        raise ValueError(f'value {value} is no argument of the program')
+      number[value] = Literal(graph.known[value].item(), graph.known[value].dtype.name)
+    return number[value]
+
+  steps: list[Any] = []
+  for op in graph.slice(wanted, stop=number.__contains__):
+    if op.name in RESHAPES:
+      number[op.outputs[0]] = read(op.inputs[0])
+    else:
+      steps.append((op.primitive, tuple(sorted(op.params.items())), tuple(read(value) for value in op.inputs)))
+      number[op.outputs[0]] = len(arguments) + len(steps) - 1
+  return Program(tuple(steps), tuple(read(value) for value in wanted))
