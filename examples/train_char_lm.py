@@ -363,7 +363,8 @@ def show(progress: Progress, bar: TaskID, history: History) -> None:
 
 
 def print_table(console: Console, results: dict[str, dict[str, Any]]) -> None:
-  table = Table('run', 'validation loss', 'train loss', 'model memory', 'step peak', 'step time')
+  table = Table('run', 'validation loss', 'train loss', 'model B/param', 'step peak MiB', 'step ms')
+  table.columns[0].no_wrap = True
   for column in table.columns[1:]:
     column.justify = 'right'
   for name, result in results.items():
@@ -371,9 +372,9 @@ def print_table(console: Console, results: dict[str, dict[str, Any]]) -> None:
       name,
       f'{result["validation_loss"]:.4f}',
       f'{result["train_loss"]:.4f}',
-      f'{result["bytes_per_param"]:.2f} B/param',
-      f'{result["peak_bytes"] / 2**20:.1f} MiB',
-      f'{result["step_ms"]:.1f} ms',
+      f'{result["bytes_per_param"]:.2f}',
+      f'{result["peak_bytes"] / 2**20:.1f}',
+      f'{result["step_ms"]:.1f}',
     )
   console.print(table)
 
@@ -390,8 +391,8 @@ def save_plot(file: Path, results: dict[str, dict[str, Any]], title: str) -> Non
     train_axes.plot(np.arange(window, len(loss) + 1), mean, marker='.' if len(mean) < 20 else '', label=name)
     validation_axes.plot(*zip(*result['validation_curve'], strict=True), marker='.', label=name)
   smoothing = f', mean of {window} steps' if window > 1 else ''
-  train_axes.set(xlabel='step', ylabel=f'training loss (nats per character){smoothing}')
-  validation_axes.set(xlabel='step', ylabel='validation loss (nats per character)')
+  train_axes.set(title='training loss', xlabel='step', ylabel=f'nats per character{smoothing}')
+  validation_axes.set(title='validation loss', xlabel='step', ylabel='nats per character')
   for axes in (train_axes, validation_axes):
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -92,9 +93,8 @@ class Graph:
   def constant(self, value: int) -> float | int | bool | None:
     """The number that a uniform value is if it follows from literals alone, else None."""
     sources = {value, *(v for op in self.slice([value]) for v in op.inputs)}
-    results = {v for op in self.ops for v in op.outputs}
     is_number = jnp.issubdtype(self.avals[value].dtype, jnp.number) or self.avals[value].dtype == bool
-    if not (is_number and self.uniform[value] and all(self.is_literal(v) or v in results for v in sources)):
+    if not (is_number and self.uniform[value] and all(self.is_literal(v) or v in self.producers for v in sources)):
       return None
     with jax.ensure_compile_time_eval():
       return self.evaluate([value], lambda _: None)[value].item()
@@ -106,13 +106,19 @@ class Graph:
 
   def slice(self, wanted: Iterable[int], stop: Callable[[int], bool] = lambda value: False) -> list[Op]:
     """The operations, in order, that compute the wanted values from inputs and from values at which to stop."""
-    needed = {value for value in wanted if not stop(value)}
-    out = []
-    for op in reversed(self.ops):
-      if needed.intersection(op.outputs):
-        out.append(op)
-        needed.update(value for value in op.inputs if not stop(value))
-    return out[::-1]
+    found: set[int] = set()
+    pending = list(wanted)
+    while pending:
+      value = pending.pop()
+      if value in self.producers and not stop(value) and self.producers[value] not in found:
+        found.add(self.producers[value])
+        pending += self.ops[self.producers[value]].inputs
+    return [self.ops[i] for i in sorted(found)]
+
+  @functools.cached_property
+  def producers(self) -> dict[int, int]:
+    """For every result of an operation, the operation's index."""
+    return {value: i for i, op in enumerate(self.ops) for value in op.outputs}
 
   def evaluate(self, wanted: Sequence[int], argument: Callable[[int], Any]) -> dict[int, jax.Array]:
     """The wanted values, uniform ones as scalars; `argument` gives an input by its number, if it is needed."""
@@ -146,7 +152,7 @@ def bind_elementwise(primitive: jex.Primitive, params: Mapping[str, Any], operan
   """
   by_scalar = primitive is lax.div_p and np.ndim(operands[0]) and not np.ndim(operands[1])
   if by_scalar and jnp.issubdtype(operands[0].dtype, jnp.floating):
-    primitive, operands = lax.mul_p, [operands[0], 1 / operands[1]]
+    return lax.mul(operands[0], jnp.broadcast_to(1 / operands[1], np.shape(operands[0])))
   shape = jnp.broadcast_shapes(*(np.shape(x) for x in operands))
   return primitive.bind(*(jnp.broadcast_to(x, shape) for x in operands), **params)
 

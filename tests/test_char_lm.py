@@ -219,7 +219,7 @@ def outcome_in(folder, *argv):
     pytest.MonkeyPatch.context() as patch,
   ):
     # Rich asks the environment and the terminal behind pytest otherwise.
-    patch.setenv('COLUMNS', '100')
+    patch.setenv('COLUMNS', '80')
     patch.delenv('FORCE_COLOR', raising=False)
     results = train_char_lm.main([*SMALL, '--learning-rate', '0.01', *argv])
   return Outcome(results, folder, out.getvalue(), err.getvalue())
@@ -262,9 +262,9 @@ def test_a_run_ends_in_a_table_a_plot_and_a_line_of_results(finished):
   for row, (name, result) in zip(rows, finished.results.items(), strict=True):
     assert name in row
     assert f'{result["validation_loss"]:.4f}' in row
-    assert f'{result["bytes_per_param"]:.2f} B/param' in row
-  # Two bars, the table's three lines and frame, and the plot's name.
-  assert len(finished.out.splitlines()) == 2 + 6 + 1
+    assert f'{result["bytes_per_param"]:.2f}' in row
+  # Two bars; the table's frame, head of two lines, and rows; and the plot's name.
+  assert len(finished.out.splitlines()) == 2 + 7 + 1
   plot = Path('out/train_char_lm.png')
   assert finished.out.splitlines()[-1] == str(plot)
   assert (finished.folder / plot).read_bytes().startswith(b'\x89PNG')
