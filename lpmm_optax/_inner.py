@@ -122,8 +122,18 @@ def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
 
 
 def trace_init(inner: optax.GradientTransformation, params: Params) -> tuple[_program.Graph, Any]:
-  """The graph of `inner.init` on the dense parameters, and the state's ShapeDtypeStructs."""
-  return _explained('init', inner.init, params.tree(params.templates))
+  """The graph of `inner.init` on the dense parameters, and the state's ShapeDtypeStructs.
+
+  Raises:
+    TypeError: for complex state, naming it.
+  """
+  graph, shapes = _explained('init', inner.init, params.tree(params.templates))
+  for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+      raise TypeError(
+        f'{_array.path_str(path)}: complex state is not supported, the inner transformation has {x.dtype}'
+      )
+  return graph, shapes
 
 
 def check_state(

@@ -133,7 +133,7 @@ def _state_rows(params: _inner.Params, state: Any) -> tuple[list[MemoryRow], int
 
 
 def memory_report(
-  params: Any, opt_state: Any = (), *, tx: _transform.InPlaceTransformation | None = None
+  params: Any, opt_state: Any = (), *, tx: _transform.InPlaceTransformation | None = None, **extra_args: Any
 ) -> MemoryReport:
   """Counts the bytes that parameters and optimizer state occupy for the whole of training.
 
@@ -142,6 +142,7 @@ def memory_report(
     opt_state: the state of an optimizer of this package, alone or inside Optax's wrappers, or of any Optax optimizer.
     tx: the optimizer, one of this package, to find out as well how each parameter is updated: in tiles, or, where the
       update is not elementwise, whole, so that its dense values exist at once.
+    **extra_args: what the optimizer's update takes besides, such as the loss `value`; used with tx alone.
 
   Returns:
     A `MemoryReport`. Bytes follow from shapes and bit widths, not from an allocator.
@@ -175,7 +176,7 @@ def memory_report(
   if tx is not None:
     if not isinstance(tx, _transform.InPlaceTransformation):
       raise TypeError(f'tx must be an lpmm_optax optimizer, got {tx!r}')
-    obstacles = tx.obstacles(params)
+    obstacles = tx.obstacles(params, **extra_args)
     updates = {
       path: f'whole, for {obstacles[path]}' if path in obstacles else 'in tiles'
       for path in (structure.paths[i] for i in structure.active)

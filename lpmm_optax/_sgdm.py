@@ -141,7 +141,9 @@ def sgdm(
   problem = _why_no_feedback(formats, momentum, nesterov)
   error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
   weight_decay = _hyperparams.check('weight_decay', weight_decay)
-  inner = [] if _hyperparams.is_zero(weight_decay) else [optax.add_decayed_weights(weight_decay)]
+  # One structure of the state whatever the weight decay, which inject_hyperparams makes a tracer.
+  decays = not _hyperparams.is_zero(weight_decay)
+  inner = [optax.add_decayed_weights(weight_decay) if decays else optax.identity()]
   if has_trace:
     momentum = _hyperparams.check('momentum', momentum)
   if error_feedback:

@@ -53,12 +53,12 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     init: `params -> state`.
     update: `(gradients, state, params, **extra) -> (deltas, state)`, for `optax.apply_updates`.
     step: `(gradients, params, state, **extra) -> (params, state)`, without a tree of deltas.
-    obstacles: `params -> {path: operation}`, the leaves that are processed whole rather than in tiles, with the
-      operation that is not elementwise.
+    obstacles: `(params, **extra) -> {path: operation}`, the leaves that are processed whole rather than in tiles, with
+      the operation that is not elementwise.
   """
 
   step: Callable[..., tuple[Any, Any]]
-  obstacles: Callable[[Any], dict[str, str]]
+  obstacles: Callable[..., dict[str, str]]
 
   def __new__(cls, init, update, step, obstacles):
     self = super().__new__(cls, init, update)
@@ -238,7 +238,7 @@ def _find_uses(
   """What the inner transformation does with its state, as far as it can be known before the first update."""
   try:
     plan = _inner.plan_update(inner, params, entries, arrays, treedef, {})
-  except (TypeError, ValueError):  # It needs extra arguments, a loss value say.
+  except Exception:  # It needs extra arguments, a loss value say; a mistake comes up again at the first update.
     return _uses.Uses(entries, set(), {entry.field for entry in entries})
   return _uses.find(init, plan)
 
@@ -416,10 +416,10 @@ def transform(
   def step(gradients, params, state, **extra_args):
     return advance(gradients, params, state, True, extra_args)
 
-  def obstacles(params):
+  def obstacles(params, **extra_args):
     structure, _ = _inner.flatten(_array.unwrap(params))
     _, shapes = _inner.trace_init(inner, structure)
-    plan = _inner.plan_update(inner, structure, *_inner.entries_of(structure, shapes), {})
+    plan = _inner.plan_update(inner, structure, *_inner.entries_of(structure, shapes), extra_args)
     return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
 
   return InPlaceTransformation(init, update, step, obstacles)

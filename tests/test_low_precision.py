@@ -196,8 +196,9 @@ def test_extra_arguments_reach_the_inner_transformation():
     expected, _ = inner.update(grads, inner.init(params), params, value=jnp.float32(2.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), updates, expected)
   # What cannot be looked at before the first update takes the safe format.
-  state = lpmm.low_precision(contrib.momo(0.1)).init(params)
-  assert field_formats(state) == {'exp_avg': {'bfloat16'}}
+  tx = lpmm.low_precision(contrib.momo(0.1))
+  assert field_formats(tx.init(params)) == {'exp_avg': {'bfloat16'}}
+  assert 'updated in tiles' in str(lpmm.memory_report(params, tx.init(params), tx=tx, value=jnp.float32(2.0)))
 
 
 def test_state_made_of_the_parameters_starts_as_they_are():
@@ -260,6 +261,7 @@ def quantized_mask():
   [
     (lambda: lpmm.low_precision(not_an_array()), 'state must be arrays'),
     (lambda: lpmm.low_precision(loses_state()), 'returned a state of structure'),
+    (lambda: lpmm.adam(0.1, mu_dtype=jnp.complex64), 'mu/a: complex state is not supported'),
     (lambda: lpmm.low_precision(quantized_mask()), 'wrap with optax.masked or optax.partition outside'),
     (lambda: lpmm.low_precision(optax.adam(0.1), formats={'momentum': lpmm.INT8}), r"\['momentum'\].*\['mu', 'nu'\]"),
     (lambda: lpmm.adam(0.1, formats={'momentum': lpmm.INT8}), r"\['momentum'\].*\['mu', 'nu'\]"),
