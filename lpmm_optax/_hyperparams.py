@@ -31,7 +31,8 @@ def checked(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
 
 def current(value: optax.ScalarOrSchedule, step: jax.Array) -> jax.Array:
   """A checked hyperparameter at a step, in float."""
-  return jnp.asarray(value(step) if callable(value) else value, float)
+  with jax.numpy_dtype_promotion('standard'):  # Optax's schedules mix the integer count with floats.
+    return jnp.asarray(value(step) if callable(value) else value, float)
 
 
 def is_zero(value: Any) -> bool:

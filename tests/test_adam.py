@@ -9,39 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import gradients
+from runs import train
+from runs import tree
 
 import lpmm_optax as lpmm
 
 
 def schedule(count):
   return 0.05 / (1 + 0.1 * jnp.asarray(count, jnp.float32))
-
-
-def tree(seed=0):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  return {
-    'kernel': jax.random.normal(keys[0], (64, 96)),
-    'bias': jax.random.normal(keys[1], (96,)),
-    'scale': jax.random.normal(keys[2], ()),
-  }
-
-
-def gradients(steps):
-  return jax.tree.map(lambda *xs: jnp.stack(xs), *(tree(i + 1) for i in range(steps)))
-
-
-def train(tx, params, grads, use_step=False):
-  """Parameters and state after a scan over stacked gradients."""
-
-  def body(carry, grads):
-    params, state = carry
-    if use_step:
-      return lpmm.step(tx, grads, params, state), None
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), None
-
-  with jax.numpy_dtype_promotion('standard'):  # Optax's own optimizers, which we are compared with, need it.
-    return jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), grads)[0])(params)
 
 
 def only_kernels(params):

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import gradients
+from runs import train
+from runs import tree
 
 import lpmm_optax as lpmm
 
@@ -15,32 +18,6 @@ def SCHEDULE(count):  # noqa: N802
   # Optax's schedules mix the integer count with floats.
   with jax.numpy_dtype_promotion('standard'):
     return optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 100)(count)
-
-
-def tree(seed=0):
-  keys = jax.random.split(jax.random.key(seed), 3)
-  return {
-    'kernel': jax.random.normal(keys[0], (64, 96)),
-    'bias': jax.random.normal(keys[1], (96,)),
-    'scale': jax.random.normal(keys[2], ()),
-  }
-
-
-def gradients(steps):
-  return jax.tree.map(lambda *xs: jnp.stack(xs), *(tree(i + 1) for i in range(steps)))
-
-
-def train(tx, params, grads, use_step=False):
-  """Parameters and state after a scan over stacked gradients."""
-
-  def body(carry, grads):
-    params, state = carry
-    if use_step:
-      return lpmm.step(tx, grads, params, state), None
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), None
-
-  return jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), grads)[0])(params)
 
 
 def assert_trees_equal(a, b):

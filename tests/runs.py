@@ -1,0 +1,34 @@
+"""Parameters, gradients and the loop that tests of the optimizers share."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lpmm_optax as lpmm
+
+
+def tree(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 3)
+  return {
+    'kernel': jax.random.normal(keys[0], (64, 96)),
+    'bias': jax.random.normal(keys[1], (96,)),
+    'scale': jax.random.normal(keys[2], ()),
+  }
+
+
+def gradients(steps):
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *(tree(i + 1) for i in range(steps)))
+
+
+def train(tx, params, grads, use_step=False):
+  """Parameters and state after a scan over stacked gradients."""
+
+  def body(carry, grads):
+    params, state = carry
+    if use_step:
+      return lpmm.step(tx, grads, params, state), None
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  with jax.numpy_dtype_promotion('standard'):  # Optax's own optimizers, which we are compared with, need it.
+    return jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), grads)[0])(params)
