@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental.shard_alike import shard_alike
 import jax.numpy as jnp
 import numpy as np
 
@@ -136,20 +137,20 @@ def _whole(leaf: Any) -> _codec.Codec:
 def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:
   """An array of the shape of `like`, filled with one value and stored in `format`, or dense if None.
 
-  Concrete or traced arrays give one placed as `like` is: it is computed from it, since under jit a constant would land
-  on one device. Abstract leaves (ShapeDtypeStruct) give a plain one.
+  Concrete or traced arrays give one sharded as `like` is, also under jit, where a constant would be replicated.
+  Abstract leaves (ShapeDtypeStruct) give a plain one.
   """
   template = like.codes if is_quantized(like) else like
   shape = tuple(template.shape)
 
   def fill(value, dtype, step=None):
-    constant = np.asarray(value, dtype)
+    filled = jnp.full(shape if step is None else tuple(n // s for n, s in zip(shape, step, strict=True)), value, dtype)
     if not isinstance(template, jax.Array):
-      return jnp.full(shape if step is None else tuple(n // s for n, s in zip(shape, step, strict=True)), constant)
+      return filled
 
     def from_template(x):
       x = x if step is None else x[tuple(slice(None, None, s) for s in step)]
-      return jnp.where(x == x, constant, constant)
+      return shard_alike(x, filled)[1]
 
     return _sharding.follow(from_template, template, template)
 

@@ -121,12 +121,17 @@ class Graph:
     return {value: i for i, op in enumerate(self.ops) for value in op.outputs}
 
   def evaluate(self, wanted: Sequence[int], argument: Callable[[int], Any]) -> dict[int, jax.Array]:
-    """The wanted values, uniform ones as scalars; `argument` gives an input by its number, if it is needed."""
+    """The wanted values, uniform ones as scalars.
+
+    Args:
+      wanted: numbers of values.
+      argument: gives an input, or what the function closed over, by its number; asked only for what is needed.
+    """
     env: dict[int, Any] = {}
 
     def read(value):
       if value not in env:
-        x = self.known[value] if value in self.known else argument(value)
+        x = self.known[value] if self.is_literal(value) else argument(value)
         env[value] = jnp.reshape(x, ()) if self.uniform[value] and np.ndim(x) else x
       return env[value]
 
@@ -173,7 +178,8 @@ def _is_cheap(jaxpr: Any) -> bool:
 def trace(fn: Callable, *args: Any) -> tuple[Graph, Any]:
   """The graph of `fn(*args)` and its result's pytree of ShapeDtypeStructs; what fn closes over becomes `known`."""
   # Optax's optimizers and schedules mix dtypes, whatever the user's setting is for code of their own.
-  with jax.numpy_dtype_promotion('standard'):
+  # And shapes alone are traced, which no mesh of the context should reach: ours run in automatic mode.
+  with jax.numpy_dtype_promotion('standard'), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
     closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
   ops: list[Op] = []
   avals: list[Any] = []

@@ -48,7 +48,31 @@ def follow(fn: Callable, template: Any, *args: Any) -> Any:
   sharding = explicit_sharding(template)
   if sharding is None:
     return fn(*args)
+  choose = lambda shapes: jax.tree.map(lambda s: reshard_for(sharding, s.shape), shapes)
+  return _automatic(fn, sharding.mesh, choose, args)
+
+
+def follow_each(fn: Callable, templates: dict[Any, Any], *args: Any) -> dict[Any, jax.Array]:
+  """`fn(*args)`, a dict of arrays, of which those with a template are sharded as that is, and others replicated."""
+  found = (explicit_sharding(x) for x in jax.tree.leaves(args))
+  sharding = next((sharding for sharding in found if sharding is not None), None)
+  if sharding is None:
+    return fn(*args)
+  of_template = {name: explicit_sharding(template) or replicated(sharding.mesh) for name, template in templates.items()}
+
+  def choose(shapes):
+    return {name: reshard_for(of_template.get(name, replicated(sharding.mesh)), s.shape) for name, s in shapes.items()}
+
+  return _automatic(fn, sharding.mesh, choose, args)
+
+
+def replicated(mesh: Any) -> NamedSharding:
+  """The sharding of an array of which every device of a mesh has a copy."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def _automatic(fn: Callable, mesh: Any, choose: Callable, args: tuple[Any, ...]) -> Any:
+  """`fn(*args)` in automatic mode; `choose` gives the shardings of the results, from their shapes."""
   auto = lambda out_sharding: jax.sharding.auto_axes(fn, out_sharding=out_sharding)
-  replicated = NamedSharding(sharding.mesh, PartitionSpec())
-  shapes = jax.eval_shape(lambda *args: auto(replicated)(*args), *args)
-  return auto(jax.tree.map(lambda s: reshard_for(sharding, s.shape), shapes))(*args)
+  shapes = jax.eval_shape(lambda *args: auto(replicated(mesh))(*args), *args)
+  return auto(choose(shapes))(*args)

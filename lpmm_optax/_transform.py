@@ -259,8 +259,13 @@ def _init_inner(
   def from_params(e, leaves):
     """An entry that is no constant: a copy of the parameters, or a random key."""
     of_input = dict(zip(graph.inputs, params.active, strict=True))
-    dense = lambda value: _array.dequantize(leaves[of_input[value]], graph.avals[value].dtype)
-    x = jnp.broadcast_to(graph.evaluate([graph.outputs[e]], dense)[graph.outputs[e]], arrays[e].shape)
+
+    def argument(value):
+      if value in graph.known:
+        return graph.known[value]
+      return _array.dequantize(leaves[of_input[value]], graph.avals[value].dtype)
+
+    x = jnp.broadcast_to(graph.evaluate([graph.outputs[e]], argument)[graph.outputs[e]], arrays[e].shape)
     return _array.encode(x, chosen[e], arrays[e].dtype) if e in owned else x
 
   is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves))
@@ -370,14 +375,21 @@ def transform(
     plan = _inner.plan_update(inner, structure, entries, arrays, treedef, extra_args)
     zero = _deterministic.runtime_zero(state.step)
 
-    def argument(value):
-      what, index = plan.inputs[value]
-      if what == 'state' and entries[index].leaf is None:
-        return arrays[index]
-      x = {'gradient': gradients, 'state': arrays, 'param': leaves}[what][index]
-      return _array.dequantize(x, plan.graph.avals[value].dtype)
+    def evaluate(zero, sources):
+      def argument(value):
+        if value in plan.graph.known:
+          return sources['closure'][value]
+        what, index = plan.inputs[value]
+        is_shared = what == 'state' and entries[index].leaf is None
+        x = sources[what][index]
+        return x if is_shared else _array.dequantize(x, plan.graph.avals[value].dtype)
 
-    outer = _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument), zero)()
+      return _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument), zero)()
+
+    templates = {value: gradients[i] for i, leaf in plan.leaves.items() for value in leaf.reads}
+    closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
+    sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
+    outer = _sharding.follow_each(evaluate, templates, zero, sources)
     hyperparams = feedback.hyperparams(state.step) if feedback else {}
     paths = [structure.paths[i] for i in structure.active]
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
