@@ -56,16 +56,24 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4, lpmm.INT16, lpmm.BFLOAT16], ids=str)
-@pytest.mark.parametrize('make', OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_step_equals_update_and_apply_updates(format, make):
-  tx = make(tile_size=2**14)
+FORMATS = [lpmm.INT8, lpmm.INT4, lpmm.INT16, lpmm.BFLOAT16]
+
+
+@pytest.mark.parametrize(
+  ('name', 'format'),
+  [('sgdm', format) for format in FORMATS] + [(name, lpmm.INT8) for name in OPTIMIZERS if name != 'sgdm'],
+  ids=str,
+)
+def test_step_equals_update_and_apply_updates(name, format):
+  tx = OPTIMIZERS[name](tile_size=2**14)
   assert_same_bits(run(tx, start(format), route='step'), run(tx, start(format), route='update'))
 
 
-@pytest.mark.parametrize('shape', [SHAPE, (3, 3, 64, 96), (131072,), (8, 127, 192), (320, 100)])
-@pytest.mark.parametrize('name', ['sgdm', 'adamw'])
-def test_no_result_depends_on_the_tile_size(shape, name):
+SHAPES = [SHAPE, (3, 3, 64, 96), (131072,), (8, 127, 192), (320, 100)]
+
+
+@pytest.mark.parametrize(('name', 'shape'), [('sgdm', shape) for shape in SHAPES] + [('adamw', SHAPE)], ids=str)
+def test_no_result_depends_on_the_tile_size(name, shape):
   make = OPTIMIZERS[name]
   whole = run(make(tile_size=2**30), start(shape=shape), shape=shape)
   for tile_size in (1, 10000, 2**15):
@@ -98,7 +106,7 @@ def on_one_device(name):
 
 
 CASES = [('sgdm', mesh, spec) for mesh in MESHES for spec in SPECS]
-CASES += [('adamw', '4x2', spec) for spec in SPECS]
+CASES += [('adamw', '4x2', spec) for spec in SPECS[:3]]
 
 
 @pytest.mark.parametrize(('name', 'mesh', 'spec'), CASES, ids=str)
