@@ -162,8 +162,10 @@ def test_it_is_the_same_optimizer_to_float_rounding_and_in_low_precision(name):
   params, state = train(lpmm.low_precision(ALL[name]()), tree(), steps)
   for leaf in ('a', 'b'):
     ours, theirs = (np.asarray(x[leaf] - tree()[leaf]).ravel() for x in (params, exact))
-    # Each step has rounding errors of moments, of some per cent, which are as good as independent.
-    assert ours @ theirs / np.sqrt((ours @ ours) * (theirs @ theirs)) > 0.97
+    # Each step has rounding errors of moments, of some per cent, which are as good as independent. A second set of
+    # weights (z) has those of weights: up to a grid step of 0.02 at a time, where all have moved by 0.1.
+    least = 0.95 if 'schedule_free' in name else 0.97
+    assert ours @ theirs / np.sqrt((ours @ ours) * (theirs @ theirs)) > least
     assert abs(np.linalg.norm(ours) / np.linalg.norm(theirs) - 1) < 0.1
   for x in jax.tree.leaves(lpmm.dequantize(state)):
     if jnp.issubdtype(x.dtype, jnp.floating):
