@@ -192,9 +192,11 @@ def main() -> None:
         )
         results.append(row)
   if args.output is not None:
+    listed = lambda values: ' '.join(map(str, values))
     device = jax.devices()[0]
     about = {
-      'command': f'python benchmarks/step_time.py --rounds {args.rounds}',
+      'command': f'python benchmarks/step_time.py --millions {listed(args.millions)} --leaves {listed(args.leaves)} '
+      f'--rounds {args.rounds}',
       'device': device.device_kind,
       'cores': os.cpu_count(),
       'machine': platform.machine(),

@@ -358,7 +358,9 @@ def transform(
 
   def init(params):
     structure, leaves = _inner.flatten(_array.unwrap(params))
-    return LowPrecisionState(jnp.zeros((), jnp.int32), raw_key, _init_inner(formats, inner, structure, leaves))
+    # A copy, since a step that donates the state deletes it.
+    key = jnp.array(raw_key)
+    return LowPrecisionState(jnp.zeros((), jnp.int32), key, _init_inner(formats, inner, structure, leaves))
 
   def advance(gradients, params, state, in_place, extra_args):
     if params is None:

@@ -330,6 +330,15 @@ def test_nothing_may_transform_integer_deltas():
     lpmm.chain(lpmm.sgdm(0.1), lpmm.sgdm(0.1))
 
 
+def test_an_optimizer_can_be_used_again_after_its_state_was_donated():
+  tx = optimizer()
+  step = jax.jit(lambda params, state: lpmm.step(tx, DENSE, params, state), donate_argnums=(0, 1))
+  for _ in range(2):
+    params = lpmm.quantize(jax.tree.map(jnp.copy, DENSE), lpmm.INT8)
+    _, state = step(params, tx.init(params))
+  assert int(optax.tree.get(state, 'step')) == 1
+
+
 def test_step_takes_any_optax_transformation():
   tx = optax.sgd(0.1, momentum=0.9)
   params, state = lpmm.step(tx, DENSE, DENSE, tx.init(DENSE))
