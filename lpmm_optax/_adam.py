@@ -51,6 +51,15 @@ def _problem_with_feedback(formats: _field_formats.Formats, b1: Any, nesterov: b
   return _feedback.problem_with(formats, 'mu')
 
 
+def _choose_feedback(
+  hyper: dict[str, Any], nesterov: bool, formats: _field_formats.Formats, error_feedback: bool | None
+) -> _feedback.Feedback | None:
+  """The feedback that the arguments ask for, after a check of `formats`."""
+  _field_formats.check(formats, ('mu', 'nu'))
+  problem = _problem_with_feedback(formats, hyper['b1'], nesterov)
+  return _first_moment_feedback(hyper) if _feedback.decide(error_feedback, problem, formats, 'mu') else None
+
+
 def _checked(learning_rate: optax.ScalarOrSchedule, **scalars: Any) -> dict[str, Any]:
   scalars = {name: _hyperparams.check(name, value) for name, value in scalars.items()}
   return {'learning_rate': _hyperparams.checked('learning_rate', learning_rate), **scalars}
@@ -126,12 +135,9 @@ def adam(
   References:
     Kingma and Ba, `Adam: A Method for Stochastic Optimization <https://arxiv.org/abs/1412.6980>`_, 2014.
   """
-  _field_formats.check(formats, ('mu', 'nu'))
   hyper = _checked(learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-  problem = _problem_with_feedback(formats, b1, nesterov)
-  feeds_back = _feedback.decide(error_feedback, problem, formats, 'mu')
+  feedback = _choose_feedback(hyper, nesterov, formats, error_feedback)
   inner = optax.adam(**hyper, mu_dtype=mu_dtype, nesterov=nesterov)
-  feedback = _first_moment_feedback(hyper) if feeds_back else None
   return _transform.transform(inner, 'adam', formats, key, tile_size, feedback)
 
 
@@ -190,11 +196,8 @@ def adamw(
   References:
     Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2017.
   """
-  _field_formats.check(formats, ('mu', 'nu'))
   hyper = _checked(learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-  problem = _problem_with_feedback(formats, b1, nesterov)
-  feeds_back = _feedback.decide(error_feedback, problem, formats, 'mu')
+  feedback = _choose_feedback(hyper, nesterov, formats, error_feedback)
   decay = _hyperparams.checked('weight_decay', weight_decay)
   inner = optax.adamw(**hyper, mu_dtype=mu_dtype, weight_decay=decay, mask=mask, nesterov=nesterov)
-  feedback = _first_moment_feedback(hyper) if feeds_back else None
   return _transform.transform(inner, 'adamw', formats, key, tile_size, feedback)

@@ -133,7 +133,7 @@ def sgdm(
     Sutskever et al., `On the importance of initialization and momentum in deep learning
     <http://proceedings.mlr.press/v28/sutskever13.html>`_, 2013.
   """
-  has_trace = momentum is not None and not (isinstance(momentum, float | int) and momentum == 0)
+  has_trace = momentum is not None and not _hyperparams.is_zero(momentum)
   if nesterov and not has_trace:
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
   _field_formats.check(formats, ('trace',))
