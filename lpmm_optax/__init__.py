@@ -15,6 +15,9 @@ from lpmm_optax._format import INT16
 from lpmm_optax._format import UINT8_SQRT
 from lpmm_optax._format import Format
 from lpmm_optax._lion import lion
+from lpmm_optax._multi_steps import INTO_MOMENTUM
+from lpmm_optax._multi_steps import MultiSteps
+from lpmm_optax._multi_steps import MultiStepsState
 from lpmm_optax._report import MemoryReport
 from lpmm_optax._report import memory_report
 from lpmm_optax._sgdm import sgdm
@@ -35,11 +38,14 @@ __all__ = [
   'INT4',
   'INT8',
   'INT16',
+  'INTO_MOMENTUM',
   'UINT8_SQRT',
   'Format',
   'InPlaceTransformation',
   'LowPrecisionState',
   'MemoryReport',
+  'MultiSteps',
+  'MultiStepsState',
   'QuantizedArray',
   'adam',
   'adamw',

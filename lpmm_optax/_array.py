@@ -271,7 +271,7 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
   paths = [path_str(path) for path, _ in leaves]
   if key is not None:
-    words = _random.slot_words(_random.raw_key(key), jnp.int32(0), paths, 1)[:, 0]
+    words = _random.slot_words(_random.raw_key(key), [jnp.int32(0)], paths, 1)[:, 0]
 
   def one(i: int, path: str, leaf: Any) -> Any:
     if is_quantized(leaf) or not hasattr(leaf, 'dtype'):

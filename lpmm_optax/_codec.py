@@ -48,6 +48,12 @@ class Cells:
     """Tile to cell view."""
     return x.reshape(self.view_shape(self.shape, self.sizes))
 
+  def split_coordinate(self, coordinate: jax.Array, axis: int) -> jax.Array:
+    """A vector along one axis of the tile to an array that broadcasts against the cell view."""
+    ones = [coordinate.size if d == axis else 1 for d in range(len(self.shape))]
+    sizes = [size if d == axis else 1 for d, size in enumerate(self.sizes)]
+    return coordinate.reshape(self.view_shape(ones, sizes))
+
   def merge(self, x: jax.Array) -> jax.Array:
     """Cell view to tile."""
     return x.reshape(self.shape)

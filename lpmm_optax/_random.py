@@ -6,6 +6,7 @@ with the element's index in the whole array. The result depends on neither tile 
 costs no memory of its own because XLA fuses it into the rounding.
 """
 
+from collections.abc import Sequence
 import hashlib
 
 import jax
@@ -24,12 +25,12 @@ def raw_key(key: jax.Array | None) -> jax.Array:
     raise TypeError(f'key must be a jax.random key, got {key!r}') from error
 
 
-def slot_words(key: jax.Array, count: jax.Array, paths: list[str], slots: int) -> jax.Array:
+def slot_words(key: jax.Array, counts: Sequence[jax.Array], paths: list[str], slots: int) -> jax.Array:
   """The 64-bit words that key one step's rounding.
 
   Args:
     key: uint32[2], from `raw_key`.
-    count: int32[], the step.
+    counts: int32[] each: the step, or the step and the microbatch in it.
     paths: the leaves' paths.
     slots: how many arrays are rounded per leaf.
 
@@ -38,7 +39,9 @@ def slot_words(key: jax.Array, count: jax.Array, paths: list[str], slots: int) -
   """
   if not paths:
     return jnp.zeros((0, slots, 2), jnp.uint32)
-  step_key = jax.random.fold_in(jax.random.wrap_key_data(key, impl='threefry2x32'), count)
+  step_key = jax.random.wrap_key_data(key, impl='threefry2x32')
+  for count in counts:
+    step_key = jax.random.fold_in(step_key, count)
   digests = [hashlib.blake2s(path.encode(), digest_size=8).digest() for path in paths]
   hashes = np.frombuffer(b''.join(digests), dtype='<u4').reshape(-1, 2)
 

@@ -1,5 +1,6 @@
 """Stochastic gradient descent with momentum."""
 
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -49,12 +50,56 @@ def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.Gra
   return optax.GradientTransformation(init, update)
 
 
-def _velocity_feedback(momentum: Any) -> _feedback.Feedback:
+def _velocity_feedback(correction: Callable[[], jax.Array]) -> _feedback.Feedback:
+  """What adds an error to the velocity, times a correction."""
   return _feedback.Feedback(
     fields=frozenset({'trace'}),
-    hyperparams=lambda step: {'correction': 1 - 1 / jnp.asarray(momentum, float)},
+    hyperparams=lambda step: {'correction': correction()},
     apply=lambda fields, error, hyper: fields | {'trace': fields['trace'] + hyper['correction'] * error},
   )
+
+
+def _decayed(
+  learning_rate: optax.ScalarOrSchedule, momentum: Any, weight_decay: Any, is_velocity: bool
+) -> optax.GradientTransformation:
+  r"""SGD whose momentum is stored decayed, so that a step's gradients can be added to it one by one.
+
+  In place of m it keeps :math:`u = \beta m`. The gradients g of a step are added as they come; with the last,
+  m = u + g, the parameters move by it, and :math:`\beta m` is stored. As a velocity, gradients count times the rate.
+  """
+
+  def init(params):
+    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+
+  def update(updates, state, params):
+    rate = _hyperparams.current(learning_rate, state.count)
+    # As in `_velocity`: no step.
+    frozen = (rate == 0) & is_velocity
+    enters, moves = (rate, jnp.where(frozen, 0.0, 1.0)) if is_velocity else (jnp.ones_like(rate), rate)
+    decay = jnp.where(frozen, 1.0, momentum)
+    like = lambda scalar, x: jnp.asarray(scalar, x.dtype)
+    # The gradients come multiplied by `enters` already; the decay of the weights does not.
+    total = jax.tree.map(
+      lambda g, w, u: u + g + like(enters * weight_decay, u) * w, updates, params, state.trace
+    )
+    delta = jax.tree.map(lambda m: -like(moves, m) * m, total)
+    trace = jax.tree.map(lambda m: like(decay, m) * m, total)
+    return delta, VelocityState(optax.safe_increment(state.count), trace)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _into_momentum(
+  learning_rate: optax.ScalarOrSchedule, momentum: Any, weight_decay: Any, error_feedback: bool, **settings: Any
+) -> _transform.IntoMomentum:
+  """`sgdm` for `MultiSteps` with `INTO_MOMENTUM`."""
+  feedback = None
+  if error_feedback:
+    # The correction of `_velocity_feedback`, times the decay that what is stored has been through.
+    feedback = _velocity_feedback(lambda: jnp.asarray(momentum, float) - 1)
+  inner = _decayed(learning_rate, momentum, weight_decay, error_feedback)
+  weight = lambda step: _hyperparams.current(learning_rate, step) if error_feedback else jnp.ones(())
+  return _transform.IntoMomentum(_transform.transform(inner, feedback=feedback, **settings), 'trace', weight)
 
 
 def sgdm(
@@ -152,5 +197,9 @@ def sgdm(
     if has_trace:
       inner.append(optax.trace(momentum, nesterov))
     inner.append(optax.scale_by_learning_rate(learning_rate))
-  feedback = _velocity_feedback(momentum) if error_feedback else None
-  return _transform.transform(optax.chain(*inner), 'sgdm', formats, key, tile_size, feedback)
+  feedback = _velocity_feedback(lambda: 1 - 1 / jnp.asarray(momentum, float)) if error_feedback else None
+  settings = {'name': 'sgdm', 'formats': formats, 'key': key, 'tile_size': tile_size}
+  into_momentum = None
+  if has_trace and not nesterov:
+    into_momentum = _into_momentum(learning_rate, momentum, weight_decay, error_feedback, **settings)
+  return _transform.transform(optax.chain(*inner), feedback=feedback, into_momentum=into_momentum, **settings)

@@ -7,6 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from lpmm_optax import _gradient
 from lpmm_optax import _transform
 
 
@@ -37,6 +38,7 @@ def step(
   """
   if isinstance(tx, _transform.InPlaceTransformation):
     return tx.step(grads, params, opt_state, **extra_args)
+  grads = _gradient.dense(grads, params)
   updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
   return optax.apply_updates(params, updates), opt_state
 
@@ -48,7 +50,9 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
     *txs: transformations of the dense gradients (clipping, say), then an optimizer of this package.
 
   Returns:
-    A transformation with the same state and updates as `optax.chain(*txs)`, and an in-place step.
+    A transformation with the updates of `optax.chain(*txs)` and an in-place step. Its state is a tuple, one state per
+    transformation. What the gradients become on the way is computed along with the update, not stored, unless the last
+    is a wrapper (`apply_if_finite`, `MultiSteps`), which must see it.
 
   Raises:
     TypeError: if the last is not an optimizer of this package.
@@ -65,12 +69,15 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
     raise TypeError('the last transformation of lpmm.chain must be an lpmm_optax optimizer')
   if any(isinstance(tx, _transform.InPlaceTransformation) for tx in txs[:-1]):
     raise ValueError('an lpmm_optax optimizer must come last in lpmm.chain: nothing may transform its integer deltas')
+  if txs[-1].preceded_by is not None:
+    return txs[-1].preceded_by(txs[:-1])
   chained = optax.chain(*txs)
   preceding = [optax.with_extra_args_support(tx) for tx in txs[:-1]]
 
   def chained_step(gradients, params, state, **extra_args):
     if len(state) != len(txs):
       raise ValueError(f'a chain of {len(txs)} transformations got a state of {len(state)}')
+    gradients = _gradient.dense(gradients, params)
     new_states = []
     for tx, tx_state in zip(preceding, state[:-1], strict=True):
       gradients, tx_state = tx.update(gradients, tx_state, params, **extra_args)
@@ -117,7 +124,8 @@ def apply_if_finite(
     raise TypeError('lpmm.apply_if_finite wraps an lpmm_optax optimizer; for others there is optax.apply_if_finite')
 
   def guard(gradients, params, state, advance, rejected):
-    finite = jnp.all(jnp.array([_all_finite(g) for g in jax.tree.leaves(gradients)], bool))
+    arrays = jax.tree.leaves(_gradient.dense(gradients, params))
+    finite = jnp.all(jnp.array([_all_finite(g) for g in arrays], bool))
     consecutive = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
     new, inner_state = lax.cond(
       finite | (consecutive > max_consecutive_errors),

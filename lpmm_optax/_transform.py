@@ -21,6 +21,7 @@ from lpmm_optax import _codec
 from lpmm_optax import _deterministic
 from lpmm_optax import _feedback
 from lpmm_optax import _field_formats
+from lpmm_optax import _gradient
 from lpmm_optax import _inner
 from lpmm_optax import _program
 from lpmm_optax import _random
@@ -55,16 +56,37 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     step: `(gradients, params, state, **extra) -> (params, state)`, without a tree of deltas.
     obstacles: `(params, **extra) -> {path: operation}`, the leaves that are processed whole rather than in tiles, with
       the operation that is not elementwise.
+    preceded_by: `transformations -> InPlaceTransformation`, the same optimizer of gradients that these have transformed
+      first, all as one; None for a wrapper, which must see the gradients themselves.
+    into_momentum: how microbatches can be added to the optimizer's own momentum; None where they cannot.
   """
 
   step: Callable[..., tuple[Any, Any]]
   obstacles: Callable[..., dict[str, str]]
+  preceded_by: Callable[[Sequence[optax.GradientTransformation]], 'InPlaceTransformation'] | None
+  into_momentum: 'IntoMomentum | None'
 
-  def __new__(cls, init, update, step, obstacles):
+  def __new__(cls, init, update, step, obstacles, *, preceded_by=None, into_momentum=None):
     self = super().__new__(cls, init, update)
     self.step = step
     self.obstacles = obstacles
+    self.preceded_by = preceded_by
+    self.into_momentum = into_momentum
     return self
+
+
+class IntoMomentum(NamedTuple):
+  """An optimizer whose momentum takes the gradients of all microbatches of a step, one after the other.
+
+  Attributes:
+    tx: takes the step, from a momentum to which all gradients but the given one have been added.
+    field: of its state, the momentum.
+    weight: `step -> float32[]`, what a gradient is multiplied by when it is added.
+  """
+
+  tx: InPlaceTransformation
+  field: str
+  weight: Callable[[jax.Array], jax.Array]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -95,7 +117,7 @@ class LeafUpdate:
 @functools.partial(jax.jit, static_argnums=0)
 def update_leaf(
   static: LeafUpdate,
-  gradient: jax.Array,
+  gradient: _gradient.Gradient,
   param: Any,
   fields: list[Any],
   reads: list[jax.Array],
@@ -108,7 +130,7 @@ def update_leaf(
 
   Args:
     static: see `LeafUpdate`.
-    gradient: dense, in the parameter's shape.
+    gradient: in the parameter's shape.
     param: QuantizedArray or dense array.
     fields: QuantizedArrays or dense arrays in the parameter's shape, in the order of `static.fields`.
     reads: dense arrays of that shape.
@@ -121,11 +143,12 @@ def update_leaf(
     (new parameter or delta, new fields).
   """
   slots = [param, *fields]
-  blocks = [block for leaf in slots for block in _array.blocks_of(leaf)]
+  blocks = [block for leaf in (*slots, gradient.accumulated) for block in _array.blocks_of(leaf)]
   is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
   tiling = _tiles.choose_tiling(param.shape, blocks, param.size if is_dense else static.tile_size)
   cells = _codec.make_cells(tiling.tile_shape, blocks)
-  param_codec, *codecs = (_array.codec_of(leaf, tiling.tile_shape, cells) for leaf in slots)
+  codec = lambda leaf: _array.codec_of(leaf, tiling.tile_shape, cells)
+  param_codec, *codecs = map(codec, slots)
   dtype = _codec.compute_dtype(param.dtype)
   hyperparams = {name: jnp.asarray(value).astype(dtype) for name, value in hyperparams.items()}
 
@@ -133,12 +156,7 @@ def update_leaf(
     format = _array.format_of(slots[slot])
     if format is None or format.rounding == 'nearest':
       return None
-    split = []
-    for d, coordinate in enumerate(coordinates):
-      ones = [1] * len(coordinates)
-      ones[d] = coordinate.size
-      sizes = [c if e == d else 1 for e, c in enumerate(cells.sizes)]
-      split.append(coordinate.reshape(cells.view_shape(ones, sizes)))
+    split = [cells.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
     return _random.random_bits(words[slot], _random.element_index(param.shape, split))
 
   # Finite gradients keep the state finite, which the square of a larger one would not be.
@@ -147,13 +165,18 @@ def update_leaf(
   def first(coordinates, reads, writes):
     old = (reads | writes)['param']
     value = param_codec.decode(old)
-    gradient = cells.split(reads['gradient']).astype(dtype)
+    accumulated, recent = reads['accumulated'], reads['recent']
+    g = gradient.combine(
+      None if accumulated is None else codec(gradient.accumulated).decode(accumulated),
+      None if recent is None else cells.split(recent),
+      dtype,
+    )
     if squared:
-      gradient = jnp.where(jnp.isfinite(gradient), jnp.clip(gradient, -_LARGEST_SQUARED, _LARGEST_SQUARED), gradient)
+      g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
     delta, *new = (
       jnp.broadcast_to(x.astype(dtype), value.shape)
       for x in static.program(
-        gradient,
+        g,
         value,
         *(c.decode(tile).astype(x.dtype) for c, tile, x in zip(codecs, writes['fields'], fields, strict=True)),
         *(cells.split(x) for x in reads['reads']),
@@ -185,7 +208,8 @@ def update_leaf(
     return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
   stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
-  only_read: dict[str, Any] = {'gradient': gradient, 'reads': reads}
+  accumulated = None if gradient.accumulated is None else _array.stored(gradient.accumulated)
+  only_read: dict[str, Any] = {'accumulated': accumulated, 'recent': gradient.recent, 'reads': reads}
   writes: dict[str, Any] = {'fields': [_array.stored(leaf) for leaf in fields]}
   if static.in_place:
     writes['param'] = _array.stored(param)
@@ -201,30 +225,6 @@ def update_leaf(
 # ---------------------------------------------------------------------------------------------------------------------
 # The transformation
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _flatten_gradients(params: _inner.Params, leaves: list[Any], gradients: Any) -> dict[int, jax.Array]:
-  """The gradients of the active leaves; an error names the first path that differs."""
-  try:
-    flat = params.treedef.flatten_up_to(gradients)
-  except (ValueError, TypeError, KeyError):
-    is_leaf = lambda x: _array.is_quantized(x) or isinstance(x, optax.MaskedNode)
-    found = [_array.path_str(path) for path, _ in jax.tree_util.tree_flatten_with_path(gradients, is_leaf=is_leaf)[0]]
-    missing = [f'{path} is missing' for path in params.paths if path not in found]
-    surplus = [f'{path} is not a parameter' for path in found if path not in params.paths]
-    detail = '; '.join(missing[:1] + surplus[:1]) or jax.tree.structure(gradients)
-    raise ValueError(f'gradients and parameters differ in structure: {detail}') from None
-  out = {}
-  for i in params.active:
-    path, gradient, shape = params.paths[i], flat[i], params.templates[i].shape
-    if not hasattr(gradient, 'dtype'):
-      raise TypeError(f'{path}: the gradient must be a dense array, got {gradient!r}')
-    if _array.is_quantized(gradient) or not jnp.issubdtype(gradient.dtype, jnp.floating):
-      raise TypeError(f'{path}: the gradient must be a dense floating-point array, got {gradient!r}')
-    if gradient.shape != shape:
-      raise ValueError(f'{path}: the gradient has shape {gradient.shape}, the parameter {shape}')
-    out[i] = jnp.asarray(gradient)
-  return out
 
 
 def _find_uses(
@@ -350,52 +350,91 @@ def transform(
   key: jax.Array | None,
   tile_size: int | None,
   feedback: _feedback.Feedback | None = None,
+  into_momentum: IntoMomentum | None = None,
+  preceding: Sequence[optax.GradientTransformation] | None = None,
 ) -> InPlaceTransformation:
-  """`low_precision` with feedback of rounding errors, under a name for messages."""
+  """`low_precision` with more that its aliases need.
+
+  Args:
+    inner: the transformation.
+    name: for messages.
+    formats: of the inner state.
+    key: for rounding.
+    tile_size: in elements.
+    feedback: of rounding errors.
+    into_momentum: passed on.
+    preceding: transformations of the gradients that are traced together with inner, so that a clipped gradient, say, is
+      never stored. Their state is dense. With them the state is a tuple, as that of `optax.chain` is.
+
+  Returns:
+    The transformation.
+  """
   _field_formats.check(formats)
   raw_key = _random.raw_key(key)
   inner = optax.with_extra_args_support(inner)
+  # Of the gradients as they come.
+  composite = inner if preceding is None else optax.with_extra_args_support(optax.chain(*preceding, inner))
 
   def init(params):
     structure, leaves = _inner.flatten(_array.unwrap(params))
     # A copy, since a step that donates the state deletes it.
     key = jnp.array(raw_key)
-    return LowPrecisionState(jnp.zeros((), jnp.int32), key, _init_inner(formats, inner, structure, leaves))
+    own = LowPrecisionState(jnp.zeros((), jnp.int32), key, _init_inner(formats, inner, structure, leaves))
+    if preceding is None:
+      return own
+    return (*_init_inner(None, optax.chain(*preceding), structure, leaves), own)
+
+  def split(state):
+    """The states of the preceding transformations, and our own."""
+    before, own = (), state
+    if preceding is not None:
+      count = len(state) if isinstance(state, tuple) else 1
+      if count != len(preceding) + 1:
+        raise ValueError(f'a chain of {len(preceding) + 1} transformations got a state of {count}')
+      *before, own = state
+    if not isinstance(own, LowPrecisionState):
+      raise TypeError(
+        f'{name} got a state of type {type(own).__name__}, which it did not create; see that the chain that made the '
+        'state is the one that uses it'
+      )
+    return tuple(before), own
 
   def advance(gradients, params, state, in_place, extra_args):
     if params is None:
       raise ValueError(f'{name} needs the parameters: call update(gradients, state, params)')
-    if not isinstance(state, LowPrecisionState):
-      raise TypeError(
-        f'{name} got a state of type {type(state).__name__}, which it did not create; see that the chain that made the '
-        'state is the one that uses it'
-      )
+    before, state = split(state)
     structure, leaves = _inner.flatten(params)
-    gradients = _flatten_gradients(structure, leaves, gradients)
-    entries, arrays, treedef = _inner.entries_of(structure, state.inner_state)
-    _inner.check_state(name, inner, structure, entries, arrays)
-    plan = _inner.plan_update(inner, structure, entries, arrays, treedef, extra_args)
+    gradients = _gradient.flatten(structure, gradients)
+    combined = state.inner_state if preceding is None else (*before, state.inner_state)
+    entries, arrays, treedef = _inner.entries_of(structure, combined)
+    _inner.check_state(name, composite, structure, entries, arrays)
+    plan = _inner.plan_update(composite, structure, entries, arrays, treedef, extra_args)
     zero = _deterministic.runtime_zero(state.step)
+    # A field of a preceding transformation may have the name of one of ours.
+    foreign = len(jax.tree.leaves(before))
+    names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(entries)]
 
     def evaluate(zero, sources):
       def argument(value):
         if value in plan.graph.known:
           return sources['closure'][value]
         what, index = plan.inputs[value]
+        x, aval = sources[what][index], plan.graph.avals[value]
+        if what == 'gradient':
+          return x.dense(aval)
         is_shared = what == 'state' and entries[index].leaf is None
-        x = sources[what][index]
-        return x if is_shared else _array.dequantize(x, plan.graph.avals[value].dtype)
+        return x if is_shared else _array.dequantize(x, aval.dtype)
 
       return _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument), zero)()
 
-    templates = {value: gradients[i] for i, leaf in plan.leaves.items() for value in leaf.reads}
+    templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
     closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
     sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
     outer = _sharding.follow_each(evaluate, templates, zero, sources)
     hyperparams = feedback.hyperparams(state.step) if feedback else {}
     paths = [structure.paths[i] for i in structure.active]
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
-    words = dict(zip(structure.active, _random.slot_words(state.key, state.step, paths, 1 + most), strict=True))
+    words = dict(zip(structure.active, _random.slot_words(state.key, [state.step], paths, 1 + most), strict=True))
     size = tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
     new_leaves = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
     new_arrays = list(arrays)
@@ -403,9 +442,9 @@ def transform(
       new = jnp.broadcast_to(outer[value], arrays[e].shape)
       new_arrays[e] = new if new.dtype == arrays[e].dtype else new.astype(arrays[e].dtype)
     for i, leaf in plan.leaves.items():
-      names = tuple(entries[e].field for e in leaf.fields)
+      fields = tuple(names[e] for e in leaf.fields)
       static = LeafUpdate(
-        leaf.program, names, feedback if feedback and feedback.fields <= set(names) else None, in_place, size
+        leaf.program, fields, feedback if feedback and feedback.fields <= set(fields) else None, in_place, size
       )
       new_leaves[i], new_fields = _sharding.follow(
         functools.partial(update_leaf, static),
@@ -421,8 +460,10 @@ def transform(
       )
       for e, array in zip(leaf.fields, new_fields, strict=True):
         new_arrays[e] = array
-    new_state = LowPrecisionState(optax.safe_increment(state.step), state.key, treedef.unflatten(new_arrays))
-    return structure.treedef.unflatten(new_leaves), new_state
+    combined = treedef.unflatten(new_arrays)
+    *before, inner_state = (combined,) if preceding is None else combined
+    new_state: Any = LowPrecisionState(optax.safe_increment(state.step), state.key, inner_state)
+    return structure.treedef.unflatten(new_leaves), new_state if preceding is None else (*before, new_state)
 
   def update(updates, state, params=None, **extra_args):
     return advance(updates, params, state, False, extra_args)
@@ -432,8 +473,15 @@ def transform(
 
   def obstacles(params, **extra_args):
     structure, _ = _inner.flatten(_array.unwrap(params))
-    _, shapes = _inner.trace_init(inner, structure)
-    plan = _inner.plan_update(inner, structure, *_inner.entries_of(structure, shapes), extra_args)
+    _, shapes = _inner.trace_init(composite, structure)
+    plan = _inner.plan_update(composite, structure, *_inner.entries_of(structure, shapes), extra_args)
     return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
 
-  return InPlaceTransformation(init, update, step, obstacles)
+  def preceded_by(transformations):
+    before = (*transformations, *(preceding or ()))
+    # What is accumulated into the momentum are the gradients as they come, so there it stays alone.
+    return transform(inner, name, formats, key, tile_size, feedback, preceding=before)
+
+  return InPlaceTransformation(
+    init, update, step, obstacles, preceded_by=preceded_by, into_momentum=into_momentum if preceding is None else None
+  )

@@ -23,7 +23,7 @@ def pinned(shape):
 
 
 def words(paths, count=0, key=0):
-  return _random.slot_words(_random.raw_key(jax.random.key(key)), jnp.int32(count), paths, 2)
+  return _random.slot_words(_random.raw_key(jax.random.key(key)), [jnp.int32(count)], paths, 2)
 
 
 def draw(word, n=2**20, offset=0):

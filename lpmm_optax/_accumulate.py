@@ -1,0 +1,88 @@
+"""Adds a gradient to one leaf's accumulator, or to its momentum, tile by tile and in place."""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lpmm_optax import _array
+from lpmm_optax import _codec
+from lpmm_optax import _deterministic
+from lpmm_optax import _gradient
+from lpmm_optax import _random
+from lpmm_optax import _tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Accumulation:
+  """What is static about an accumulation; equal ones share one compiled program.
+
+  Attributes:
+    shape: of the leaf, of which the accumulator may be a slice: `shape[len(start):]` at index `start`.
+    tile_size: in elements.
+  """
+
+  shape: tuple[int, ...]
+  tile_size: int
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def accumulate_leaf(
+  static: Accumulation,
+  gradient: _gradient.Gradient,
+  start: Sequence[jax.Array],
+  word: jax.Array,
+  zero: jax.Array,
+) -> Any:
+  """The accumulator after one more gradient, `keep * accumulated + weight * recent`, rounded to its grid.
+
+  A low-precision accumulator must have `keep` None: then elements whose gradient is zero keep their codes, for as long
+  as their block keeps its scale.
+
+  Args:
+    static: see `Accumulation`.
+    gradient: with both arrays.
+    start: int32[] per leading axis of the leaf that the accumulator lacks, its index there.
+    word: uint32[2], the random word of the leaf.
+    zero: uint32[], zero at run time.
+
+  Returns:
+    The new `gradient.accumulated`.
+  """
+  target: Any = gradient.accumulated
+  blocks = _array.blocks_of(target)
+  quantized = _array.is_quantized(target)
+  tiling = _tiles.choose_tiling(target.shape, blocks, static.tile_size if quantized else target.size)
+  cells = _codec.make_cells(tiling.tile_shape, blocks)
+  codec = _array.codec_of(target, tiling.tile_shape, cells)
+  dtype = _codec.compute_dtype(target.dtype)
+
+  def bits(coordinates):
+    if not quantized or target.format.rounding == 'nearest':
+      return None
+    leading = [jnp.asarray(x, jnp.uint32).reshape((1,) * len(cells.view_shape(cells.shape, cells.sizes))) for x in start]
+    own = [cells.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
+    return _random.random_bits(word, _random.element_index(static.shape, [*leading, *own]))
+
+  def first(coordinates, reads, writes):
+    recent = cells.split(reads)
+    if not quantized:
+      total = gradient.combine(codec.decode(writes), recent, dtype)
+      return codec.encode(total, None)
+    delta = dataclasses.replace(gradient, accumulated=None).combine(None, recent, dtype)
+    return codec.encode(codec.decode(writes) + delta, bits(coordinates), _codec.Change(writes, delta))
+
+  def second(coordinates, payload):
+    return codec.finish(payload)[0]
+
+  def last(payload, result, reads):
+    return result
+
+  stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
+  arrays = _tiles.update_in_place(
+    stages, tiling, zero, gradient.recent, _array.stored(target), fused=not quantized
+  )
+  return _array.with_stored(target, arrays)

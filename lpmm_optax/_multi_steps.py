@@ -1,0 +1,387 @@
+"""`MultiSteps`: one optimizer step for several microbatches, their gradients accumulated in low precision."""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+import enum
+import functools
+import math
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from lpmm_optax import _accumulate
+from lpmm_optax import _array
+from lpmm_optax import _deterministic
+from lpmm_optax import _format
+from lpmm_optax import _gradient
+from lpmm_optax import _inner
+from lpmm_optax import _random
+from lpmm_optax import _sharding
+from lpmm_optax import _step
+from lpmm_optax import _tiles
+from lpmm_optax import _transform
+from lpmm_optax._format import Format
+
+
+class Into(enum.Enum):
+  """Where gradients can be accumulated other than in an accumulator."""
+
+  MOMENTUM = 'momentum'
+
+  def __repr__(self) -> str:
+    return f'INTO_{self.name}'
+
+
+INTO_MOMENTUM = Into.MOMENTUM
+
+
+class MultiStepsState(NamedTuple):
+  """State of `MultiSteps`: the fields of `optax.MultiStepsState`, and a key.
+
+  Attributes:
+    mini_step: microbatches accumulated since the last optimizer step, int32[].
+    gradient_step: optimizer steps taken, int32[].
+    inner_opt_state: the optimizer's.
+    acc_grads: the accumulator, a tree like the parameters of QuantizedArrays or dense arrays; () with `INTO_MOMENTUM`.
+    skip_state: what the skip function returned last, () without one.
+    key: raw key data that the accumulator's rounding derives from, uint32[2]; it never changes.
+  """
+
+  mini_step: jax.Array
+  gradient_step: jax.Array
+  inner_opt_state: Any
+  acc_grads: Any
+  skip_state: Any
+  key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Microbatches:
+  """How `MultiSteps` accumulates; its arguments, checked.
+
+  A leaf's gradients go into its *target*: its accumulator, or its momentum.
+  """
+
+  tx: optax.GradientTransformationExtraArgs
+  momentum: _transform.IntoMomentum | None
+  every_k: Callable[[jax.Array], Any]
+  use_grad_mean: bool
+  should_skip: Callable[..., tuple[jax.Array, Any]] | None
+  accumulator: Format | None
+  raw_key: jax.Array
+  tile_size: int | None
+
+  def init(self, params: Any) -> MultiStepsState:
+    """The state before the first microbatch."""
+    structure, leaves = _inner.flatten(_array.unwrap(params))
+    acc_grads: Any = ()
+    if self.momentum is None:
+      acc_grads = structure.tree({i: self._new_target(structure, i, leaves[i]) for i in structure.active})
+    step = jnp.zeros((), jnp.int32)
+    skip_state: Any = ()
+    if self.should_skip is not None:
+      # What it says of gradients of zero is of no interest, and they would take memory.
+      shapes = jax.eval_shape(self.should_skip, structure.tree(structure.templates), step, params)[1]
+      skip_state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # A copy, since a step that donates the state deletes it.
+    key = jnp.array(self.raw_key)
+    return MultiStepsState(step, jnp.zeros((), jnp.int32), self.tx.init(params), acc_grads, skip_state, key)
+
+  def _new_target(self, structure: _inner.Params, i: int, leaf: Any) -> Any:
+    format = _array.pick_format(structure.paths[i], leaf, self.accumulator, None, _format.STATE_BLOCK_SIZE)
+    dtype = structure.templates[i].dtype
+    if format is not None and dtype == jnp.float64:
+      raise TypeError(f'acc_grads/{structure.paths[i]}: gradients of a float64 parameter cannot be kept in {format}')
+    return _array.full(leaf, 0, format, dtype)
+
+  def check(self, state: Any, params: Any) -> None:
+    """Raises unless both are what `update` takes."""
+    if params is None:
+      raise ValueError('MultiSteps needs the parameters: call update(gradients, state, params)')
+    if not isinstance(state, MultiStepsState):
+      raise TypeError(f'MultiSteps got a state of type {type(state).__name__}, which it did not create')
+
+  def targets(self, structure: _inner.Params, state: MultiStepsState) -> dict[int, Any]:
+    """The target of every active leaf.
+
+    Raises:
+      ValueError: if the state was made for other parameters.
+    """
+    if self.momentum is not None:
+      entries, arrays, _ = _inner.entries_of(structure, state.inner_opt_state)
+      owned = {entry.leaf: x for entry, x in zip(entries, arrays, strict=True) if entry.field == self.momentum.field}
+      found = {i: owned.get(i) for i in structure.active}
+    else:
+      try:
+        flat = structure.treedef.flatten_up_to(state.acc_grads)
+      except (ValueError, TypeError, KeyError) as error:
+        raise ValueError('MultiSteps got an accumulator that it did not create for these parameters') from error
+      found = {i: flat[i] for i in structure.active}
+    for i, target in found.items():
+      shape = structure.templates[i].shape
+      if getattr(target, 'shape', None) != shape:
+        raise ValueError(f'{structure.paths[i]}: the parameter has shape {shape}, what accumulates for it is {target!r}')
+    return found
+
+  def with_targets(self, structure: _inner.Params, state: MultiStepsState, targets: dict[int, Any]) -> MultiStepsState:
+    """The state with other targets."""
+    if self.momentum is None:
+      return state._replace(acc_grads=structure.tree(targets))
+    entries, arrays, treedef = _inner.entries_of(structure, state.inner_opt_state)
+    arrays = [
+      targets[entry.leaf] if entry.leaf is not None and entry.field == self.momentum.field else x
+      for entry, x in zip(entries, arrays, strict=True)
+    ]
+    return state._replace(inner_opt_state=treedef.unflatten(arrays))
+
+  def count(self, state: MultiStepsState) -> jax.Array:
+    """Microbatches in this step, int32[]."""
+    return jnp.asarray(self.every_k(state.gradient_step)).astype(jnp.int32)
+
+  def gradient(self, state: MultiStepsState, target: Any, recent: Any) -> _gradient.Gradient:
+    """A target and one more microbatch's gradient, to be summed."""
+    if self.use_grad_mean and self.momentum is None and not _array.is_quantized(target):
+      n = state.mini_step.astype(jnp.float32)
+      return _gradient.Gradient(target, recent, keep=n / (n + 1), weight=1 / (n + 1))
+    weight = None
+    if self.use_grad_mean:
+      weight = 1 / self.count(state).astype(jnp.float32)
+    if self.momentum is not None:
+      rate = self.momentum.weight(state.inner_opt_state.step)
+      weight = rate if weight is None else weight * rate
+    return _gradient.Gradient(target, recent, weight=weight)
+
+  def words(self, structure: _inner.Params, state: MultiStepsState) -> dict[int, jax.Array]:
+    """The random words of this microbatch, by leaf."""
+    paths = [f'acc_grads/{structure.paths[i]}' for i in structure.active]
+    words = _random.slot_words(state.key, (state.gradient_step, state.mini_step), paths, 1)[:, 0]
+    return dict(zip(structure.active, words, strict=True))
+
+  def accumulation(self, structure: _inner.Params, i: int) -> _accumulate.Accumulation:
+    """The static part of a leaf's accumulation."""
+    shapes = [template.shape for template in structure.templates.values()]
+    size = self.tile_size or _tiles.default_tile_size(sum(map(math.prod, shapes)), 1)
+    return _accumulate.Accumulation(structure.templates[i].shape, size)
+
+  def accumulate(
+    self, structure: _inner.Params, state: MultiStepsState, gradients: Mapping[int, jax.Array]
+  ) -> dict[int, Any]:
+    """The targets of all leaves, after the dense gradients of some have been added."""
+    targets, words = self.targets(structure, state), self.words(structure, state)
+    zero = _deterministic.runtime_zero(state.mini_step)
+    for i, recent in gradients.items():
+      targets[i] = _sharding.follow(
+        functools.partial(_accumulate.accumulate_leaf, self.accumulation(structure, i)),
+        _array.stored(targets[i]).codes,
+        self.gradient(state, targets[i], recent),
+        [],
+        words[i],
+        zero,
+      )
+    return targets
+
+  def emitted(
+    self, structure: _inner.Params, state: MultiStepsState, recent: Mapping[int, jax.Array]
+  ) -> tuple[Any, MultiStepsState]:
+    """The tree of gradients that the optimizer takes, of targets and perhaps a last gradient each; and the state with
+    empty accumulators."""
+    targets = self.targets(structure, state)
+    summed = {}
+    for i, target in targets.items():
+      gradient = self.gradient(state, target, recent.get(i))
+      if i not in recent:
+        gradient = _gradient.Gradient(target)
+      if self.momentum is not None:  # The target is in the optimizer's hands already.
+        gradient = dataclasses.replace(gradient, accumulated=None)
+      summed[i] = gradient
+    if self.momentum is None:
+      empty = {i: _array.full(target, 0, _array.format_of(target), target.dtype) for i, target in targets.items()}
+      state = self.with_targets(structure, state, empty)
+    return structure.tree(summed), state
+
+  def is_last(self, state: MultiStepsState) -> jax.Array:
+    """Whether the next microbatch completes a step, bool[]."""
+    return state.mini_step == self.count(state) - 1
+
+  def counted(self, state: MultiStepsState, before: MultiStepsState) -> MultiStepsState:
+    """The state after one more microbatch than before."""
+    last = self.is_last(before)
+    return state._replace(
+      mini_step=jnp.where(last, 0, optax.safe_increment(before.mini_step)),
+      gradient_step=jnp.where(last, optax.safe_increment(before.gradient_step), before.gradient_step),
+    )
+
+  def update(self, updates: Any, state: MultiStepsState, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    """Deltas, all zero until the last microbatch of a step, and the state."""
+    self.check(state, params)
+
+    def take_step(gradients, inner_state):
+      if not isinstance(self.tx, _transform.InPlaceTransformation):
+        gradients = _gradient.dense(gradients, params)
+      return self.tx.update(gradients, inner_state, params, **extra_args)
+
+    def no_change(deltas):
+      return jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=s.dtype), params, deltas)
+
+    return self._advance(updates, params, state, take_step, no_change)
+
+  def step(self, gradients: Any, params: Any, state: MultiStepsState, **extra_args: Any) -> tuple[Any, Any]:
+    """Parameters and state, in place."""
+    self.check(state, params)
+
+    def take_step(gradients, inner_state):
+      return _step.step(self.tx, gradients, params, inner_state, **extra_args)
+
+    return self._advance(gradients, params, state, take_step, lambda _: params)
+
+  def _advance(self, gradients, params, state, take_step, no_change):
+    structure, _ = _inner.flatten(params)
+    recent = {i: gradient.recent for i, gradient in _gradient.flatten(structure, gradients).items()}
+    skip, skip_state = None, ()
+    if self.should_skip is not None:
+      skip, skip_state = self.should_skip(gradients, state.gradient_step, params)
+      if (skip.dtype, skip.shape) != (jnp.bool_, ()):
+        raise ValueError(f'should_skip_update_fn must return a boolean scalar, got {skip.dtype}{list(skip.shape)}')
+
+    def emit(state):
+      summed, new = self.emitted(structure, state, recent)
+      result, inner_state = take_step(summed, new.inner_opt_state)
+      return result, new._replace(inner_opt_state=inner_state)
+
+    def accumulate(state):
+      result = no_change(jax.eval_shape(emit, state)[0])
+      return result, self.with_targets(structure, state, self.accumulate(structure, state, recent))
+
+    def rejected(state):
+      return no_change(jax.eval_shape(emit, state)[0]), state
+
+    def accepted(state):
+      result, new = lax.cond(self.is_last(state), emit, accumulate, state)
+      return result, self.counted(new, state)
+
+    if skip is None:
+      return accepted(state)
+    result, new = lax.cond(skip, rejected, accepted, state)
+    return result, new._replace(skip_state=skip_state)
+
+
+class MultiSteps(_transform.InPlaceTransformation):
+  r"""`optax.MultiSteps` with a low-precision accumulator, or without any.
+
+  Microbatches are accumulated until k of them have come; the last one's gradient is added to the accumulated ones in
+  the update itself, tile by tile, and not rounded before. Until then, parameters and optimizer state stay as they are,
+  bit for bit.
+
+  With a Format, the accumulator holds :math:`\sum_i g_i / k` so far (:math:`\sum_i g_i` for sums), rounded
+  stochastically and so without bias; where a gradient is zero, nothing is rounded. A dense accumulator (of exempt
+  leaves, or of all with None) holds the mean of the microbatches so far, by Welford's recurrence, as Optax has it. The
+  two agree once the last has come.
+
+  With `INTO_MOMENTUM` there is no accumulator: as heavy-ball momentum is linear in the gradients, they are added to it
+  one by one,
+
+  .. math::
+    u \leftarrow u + g_i / k \quad (i < k), \qquad
+    m = u + g_k / k, \quad w \leftarrow Q(w - \eta m), \quad u \leftarrow \beta m
+
+  (with `sgdm`'s error feedback, in velocity form). The state field 'trace' then is u, the momentum with its decay
+  already applied. With 8-bit momentum and gradient noise of variance :math:`s^2`, it adds about 1 % of :math:`s^2` to
+  the noise of a step at :math:`\beta = 0.9`, for the grid of the momentum is wider than that of a gradient.
+
+  The result is a gradient transformation as it stands: it has `init`, `update` and the in-place `step`, so
+  `lpmm_optax.step`, `TrainState` and `nnx.Optimizer` take it, and `lpmm_optax.value_and_step` accumulates during the
+  backward pass.
+
+  >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
+  >>> params = lpmm.quantize(jnp.zeros((64, 128)), lpmm.INT8)
+  >>> tx = lpmm.MultiSteps(lpmm.sgdm(0.1), every_k_schedule=2)
+  >>> state = tx.init(params)
+  >>> for i in range(4):
+  ...   params, state = lpmm.step(tx, jnp.ones((64, 128)), params, state)
+  ...   print(bool(tx.has_updated(state)), f'{jnp.mean(lpmm.dequantize(params)):.2f}')
+  False 0.00
+  True -0.10
+  False -0.10
+  True -0.29
+  """
+
+  microbatches: Microbatches
+
+  def __new__(
+    cls,
+    tx: optax.GradientTransformation,
+    every_k_schedule: int | Callable[[jax.Array], jax.typing.ArrayLike],
+    use_grad_mean: bool = True,
+    should_skip_update_fn: Callable[..., tuple[jax.Array, Any]] | None = None,
+    accumulator: Format | Into | None = _format.INT8,
+    *,
+    key: jax.Array | None = None,
+    tile_size: int | None = None,
+  ):
+    """A transformation of microbatches' gradients.
+
+    Args:
+      tx: the optimizer: one of this package, a `chain`, or, for dense parameters, one of Optax's. What a chain does
+        before its optimizer (clipping) is done with the accumulated gradient, exactly.
+      every_k_schedule: microbatches per step, an int or a function of the gradient step.
+      use_grad_mean: whether to average the gradients rather than sum them.
+      should_skip_update_fn: `(gradients, gradient_step, params) -> (skip, skip_state)`, such as
+        `optax.skip_not_finite`. A skipped microbatch changes nothing but `skip_state`.
+      accumulator: a Format, None for dense arrays, or `INTO_MOMENTUM`.
+      key: a `jax.random` key that the accumulator's rounding derives from; None is `jax.random.key(0)`.
+      tile_size: elements accumulated at a time, a matter of speed and memory alone; None chooses by backend.
+
+    Raises:
+      ValueError: for fewer than one microbatch, a format that stores no negative values, or `INTO_MOMENTUM` with any
+        optimizer but a bare heavy-ball `sgdm`.
+      TypeError: for an accumulator that is none of these.
+    """
+    if isinstance(every_k_schedule, int) and every_k_schedule < 1:
+      raise ValueError(f'every_k_schedule must be at least 1, got {every_k_schedule}')
+    if isinstance(accumulator, Format):
+      if not accumulator.signed:
+        raise ValueError(f'{accumulator} stores nonnegative values only, and gradients have signs')
+      accumulator = accumulator.with_block_size(_format.STATE_BLOCK_SIZE)
+    elif accumulator is INTO_MOMENTUM:
+      if getattr(tx, 'into_momentum', None) is None:
+        raise ValueError(
+          'accumulator=INTO_MOMENTUM adds gradients to the momentum, so the optimizer must be linear in them: it takes '
+          'lpmm.sgdm with a momentum and nesterov=False, and nothing around it. To transform the gradient of each '
+          'microbatch, write lpmm.chain(..., lpmm.MultiSteps(lpmm.sgdm(...), ...)); for all else use a Format'
+        )
+    elif accumulator is not None:
+      raise TypeError(f'accumulator must be a Format, None or INTO_MOMENTUM, got {accumulator!r}')
+    momentum = tx.into_momentum if accumulator is INTO_MOMENTUM else None
+    inner = optax.with_extra_args_support(tx if momentum is None else momentum.tx)
+    microbatches = Microbatches(
+      tx=inner,
+      momentum=momentum,
+      every_k=every_k_schedule if callable(every_k_schedule) else lambda step: every_k_schedule,
+      use_grad_mean=use_grad_mean,
+      should_skip=should_skip_update_fn,
+      accumulator=accumulator if isinstance(accumulator, Format) else None,
+      raw_key=_random.raw_key(key),
+      tile_size=tile_size,
+    )
+    obstacles = inner.obstacles if isinstance(inner, _transform.InPlaceTransformation) else lambda params, **_: {}
+    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, obstacles)
+    self.microbatches = microbatches
+    return self
+
+  @property
+  def inner_opt(self) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that takes the accumulated gradients."""
+    return self.microbatches.tx
+
+  def has_updated(self, state: MultiStepsState) -> jax.Array:
+    """Whether the last microbatch completed a step, bool[]."""
+    return (state.mini_step == 0) & (state.gradient_step > 0)
+
+  def gradient_transformation(self) -> 'MultiSteps':
+    """Itself: a gradient transformation already."""
+    return self
