@@ -8,6 +8,7 @@ from lpmm_optax._array import QuantizedArray
 from lpmm_optax._array import dequantize
 from lpmm_optax._array import is_quantized
 from lpmm_optax._array import quantize
+from lpmm_optax._backward import value_and_step
 from lpmm_optax._format import BFLOAT16
 from lpmm_optax._format import INT4
 from lpmm_optax._format import INT8
@@ -59,4 +60,5 @@ __all__ = [
   'quantize',
   'sgdm',
   'step',
+  'value_and_step',
 ]

@@ -63,6 +63,10 @@ class QuantizedArray:
   def sharding(self) -> jax.sharding.Sharding:
     return self.codes.sharding
 
+  def dense(self, dtype: Any = None) -> jax.Array:
+    """The values, in `dtype` or that of the array."""
+    return _cast(_sharding.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
+
   def __repr__(self) -> str:
     return f'QuantizedArray({jnp.dtype(self.dtype).name}{list(self.shape)} as {self.format})'
 
@@ -314,7 +318,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   def one(leaf):
     if is_quantized(leaf):
-      return _cast(_sharding.follow(_decode, leaf.codes, leaf), leaf.dtype if dtype is None else dtype)
+      return leaf.dense(dtype)
     if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf.astype(dtype)
     return leaf

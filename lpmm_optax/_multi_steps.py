@@ -185,36 +185,36 @@ class Microbatches:
       )
     return targets
 
-  def emitted(
-    self, structure: _inner.Params, state: MultiStepsState, recent: Mapping[int, jax.Array]
-  ) -> tuple[Any, MultiStepsState]:
-    """The tree of gradients that the optimizer takes, of targets and perhaps a last gradient each; and the state with
-    empty accumulators."""
+  def summed(self, structure: _inner.Params, state: MultiStepsState, recent: Mapping[int, jax.Array]) -> Any:
+    """The tree of gradients that the optimizer takes: of each leaf's target, and of a last gradient where there is one.
+
+    With a momentum as target, the optimizer has what was accumulated already.
+    """
     targets = self.targets(structure, state)
-    summed = {}
+    gradients = {}
     for i, target in targets.items():
-      gradient = self.gradient(state, target, recent.get(i))
-      if i not in recent:
-        gradient = _gradient.Gradient(target)
-      if self.momentum is not None:  # The target is in the optimizer's hands already.
-        gradient = dataclasses.replace(gradient, accumulated=None)
-      summed[i] = gradient
+      gradient = self.gradient(state, target, recent[i]) if i in recent else _gradient.Gradient(target)
+      gradients[i] = gradient if self.momentum is None else dataclasses.replace(gradient, accumulated=None)
+    return structure.tree(gradients)
+
+  def finished(self, state: MultiStepsState, before: MultiStepsState, stepped: jax.Array) -> MultiStepsState:
+    """The state after one more microbatch than before, its accumulator emptied if the optimizer has taken its step.
+
+    `stepped`, bool[], must come out of the conditional that takes the step. Then the accumulator can be overwritten in
+    place: emptied inside, beside the loops that read it, it would exist twice.
+    """
+    acc_grads = state.acc_grads
     if self.momentum is None:
-      empty = {i: _array.full(target, 0, _array.format_of(target), target.dtype) for i, target in targets.items()}
-      state = self.with_targets(structure, state, empty)
-    return structure.tree(summed), state
+      acc_grads = jax.tree.map(lambda x: jnp.where(stepped, jnp.zeros_like(x), x), acc_grads)
+    return state._replace(
+      mini_step=jnp.where(stepped, 0, optax.safe_increment(before.mini_step)),
+      gradient_step=jnp.where(stepped, optax.safe_increment(before.gradient_step), before.gradient_step),
+      acc_grads=acc_grads,
+    )
 
   def is_last(self, state: MultiStepsState) -> jax.Array:
     """Whether the next microbatch completes a step, bool[]."""
     return state.mini_step == self.count(state) - 1
-
-  def counted(self, state: MultiStepsState, before: MultiStepsState) -> MultiStepsState:
-    """The state after one more microbatch than before."""
-    last = self.is_last(before)
-    return state._replace(
-      mini_step=jnp.where(last, 0, optax.safe_increment(before.mini_step)),
-      gradient_step=jnp.where(last, optax.safe_increment(before.gradient_step), before.gradient_step),
-    )
 
   def update(self, updates: Any, state: MultiStepsState, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
     """Deltas, all zero until the last microbatch of a step, and the state."""
@@ -248,21 +248,22 @@ class Microbatches:
       if (skip.dtype, skip.shape) != (jnp.bool_, ()):
         raise ValueError(f'should_skip_update_fn must return a boolean scalar, got {skip.dtype}{list(skip.shape)}')
 
+    always = _deterministic.runtime_zero(state.mini_step) == 0
+
     def emit(state):
-      summed, new = self.emitted(structure, state, recent)
-      result, inner_state = take_step(summed, new.inner_opt_state)
-      return result, new._replace(inner_opt_state=inner_state)
+      result, inner_state = take_step(self.summed(structure, state, recent), state.inner_opt_state)
+      return result, state._replace(inner_opt_state=inner_state), always
 
     def accumulate(state):
       result = no_change(jax.eval_shape(emit, state)[0])
-      return result, self.with_targets(structure, state, self.accumulate(structure, state, recent))
+      return result, self.with_targets(structure, state, self.accumulate(structure, state, recent)), ~always
 
     def rejected(state):
       return no_change(jax.eval_shape(emit, state)[0]), state
 
     def accepted(state):
-      result, new = lax.cond(self.is_last(state), emit, accumulate, state)
-      return result, self.counted(new, state)
+      result, new, stepped = lax.cond(self.is_last(state), emit, accumulate, state)
+      return result, self.finished(new, state, stepped)
 
     if skip is None:
       return accepted(state)

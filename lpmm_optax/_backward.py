@@ -1,0 +1,256 @@
+"""`value_and_step`: accumulation in the backward pass, where neither gradients nor weights exist as a dense tree.
+
+The loss gets its parameters still quantized, as `TrackedArray`s. Dequantizing one is a function with a rule of its own
+for differentiation: the cotangent that arrives is a layer's gradient, and is added to its accumulator, which lies in a
+`jax.Ref`, there and then. What is differentiated is a scalar, the *anchor*, on which every such function depends.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from lpmm_optax import _accumulate
+from lpmm_optax import _array
+from lpmm_optax import _deterministic
+from lpmm_optax import _gradient
+from lpmm_optax import _inner
+from lpmm_optax import _multi_steps
+from lpmm_optax import _sharding
+from lpmm_optax import _step
+
+# The values that the backward pass computes again rather than keep.
+_WEIGHTS = 'lpmm_optax.weights'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sink:
+  """Where the gradient of one parameter goes; compared by identity, so that it may be a pytree's static part.
+
+  Attributes:
+    path: of the parameter.
+    accumulation: the static part.
+    block_axis: along which the blocks of the target run; None if it has none.
+    anchor: float32[], on which the loss must depend to be differentiated.
+    dynamic: what a differentiation rule may not close over: the target with a `jax.Ref` in place of each array, the
+      weight of a gradient, the random word, and a zero at run time.
+  """
+
+  path: str
+  accumulation: _accumulate.Accumulation
+  block_axis: int | None
+  anchor: jax.Array
+  dynamic: dict[str, Any]
+
+  def check(self, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError unless an array of this shape can be a slice that leading axes index."""
+    whole = self.accumulation.shape
+    axes = len(whole) - len(shape)
+    if axes < 0 or whole[axes:] != shape:
+      raise ValueError(
+        f'{self.path}: a parameter of shape {whole} is used in a slice of shape {shape}, but value_and_step adds to '
+        'slices along leading axes only (p[i], or lax.scan over them); dequantize it first, and slice the result'
+      )
+    if self.block_axis is not None and self.block_axis < axes:
+      raise ValueError(
+        f'{self.path}: blocks of its accumulator run along axis {self.block_axis} of {whole}, which a slice of shape '
+        f'{shape} cuts; dequantize it first, and slice the result'
+      )
+
+  def add(self, dynamic: dict[str, Any], rows: jax.Array, gradient: jax.Array) -> None:
+    """Adds the gradient of a slice, `rows` being the numbers of its rows in the whole parameter."""
+    shape = self.accumulation.shape
+    axes = len(shape) - gradient.ndim
+    first = rows.reshape(-1)[0]
+    # A slice along another axis may have the shape of one along a leading axis, but not its rows.
+    is_slice = jnp.all(rows.reshape(-1) == first + lax.iota(jnp.int32, rows.size)) & (first % rows.size == 0)
+    weight = jnp.where(is_slice, jnp.ones(()) if dynamic['weight'] is None else dynamic['weight'], jnp.nan)
+    number, start = first // rows.size, []
+    for n in reversed(shape[:axes]):
+      start.insert(0, number % n)
+      number = number // n
+    index = tuple(start) if start else ...
+    target = jax.tree.map(lambda ref: ref[index], dynamic['target'])
+    new = _sharding.follow(
+      functools.partial(_accumulate.accumulate_leaf, self.accumulation),
+      target.codes,
+      _gradient.Gradient(target, gradient, weight=weight),
+      start,
+      dynamic['word'],
+      dynamic['zero'],
+    )
+
+    def write(ref, value):
+      ref[index] = value
+
+    jax.tree.map(write, dynamic['target'], new)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrackedArray(_array.QuantizedArray):
+  """A parameter, or a slice of one, whose gradient goes into a `Sink`.
+
+  Attributes:
+    rows: int32, of the array's shape without its last axis: the numbers of its rows in the whole parameter.
+    sink: static.
+  """
+
+  rows: jax.Array
+  sink: Sink = dataclasses.field(metadata={'static': True})
+
+  def dense(self, dtype: Any = None) -> jax.Array:
+    """The values; their cotangent is added to the sink."""
+    sink = self.sink
+    sink.check(self.shape)
+    stored = _array.QuantizedArray(self.codes, self.scales, self.format, self.dtype)
+
+    @jax.custom_vjp
+    def read(anchor, dynamic, stored, rows):
+      del anchor, dynamic, rows
+      return stored.dense(dtype)
+
+    def forward(anchor, dynamic, stored, rows):
+      del anchor
+      return stored.dense(dtype), (dynamic, rows)
+
+    def backward(saved, cotangent):
+      sink.add(*saved, cotangent)
+      return jnp.zeros(()), None, None, None
+
+    read.defvjp(forward, backward)
+    return checkpoint_name(read(sink.anchor, sink.dynamic, stored, self.rows), _WEIGHTS)
+
+
+def _track(leaf: _array.QuantizedArray, sink: Sink) -> TrackedArray:
+  outer = leaf.shape[:-1]
+  rows = sum(
+    (lax.broadcasted_iota(jnp.int32, outer, d) * jnp.int32(stride) for d, stride in enumerate(_strides(outer))),
+    jnp.zeros(outer, jnp.int32),
+  )
+  return TrackedArray(leaf.codes, leaf.scales, leaf.format, leaf.dtype, rows, sink)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+  out = [1] * len(shape)
+  for d in range(len(shape) - 1, 0, -1):
+    out[d - 1] = out[d] * shape[d]
+  return out
+
+
+def value_and_step(
+  fun: Callable[..., Any], tx: _multi_steps.MultiSteps, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any, Any]]:
+  """`jax.value_and_grad` and the optimizer's step in one, so that no gradient outlives the layer it belongs to.
+
+  Where ``jax.value_and_grad(fun)(params, *args)`` gives a value and gradients, this gives the value, and parameters and
+  optimizer state after the microbatch. `fun` gets the quantized parameters as they are, and calls `dequantize` on each
+  where it is used: in the body of the scan over layers, in the layer's function, or, in Flax, through
+  ``nn.map_variables(Layer, 'params', lpmm_optax.dequantize)``. In the backward pass each layer's weights are decoded
+  again, and its gradient is added to the accumulator or the momentum at once. So neither a tree of dense weights nor
+  one of gradients exists; activations are kept, or computed again, as `fun` has it.
+
+  A parameter may be used any number of times (tied embeddings), under `jax.checkpoint`, in `lax.scan` and its like, and
+  indexed along leading axes (``p[i]``). It may not be used under `jax.vmap`. Leaves that are dense, or whose
+  accumulator is dense, are differentiated as usual.
+
+  The result is that of `tx.step` but for one rounding: the last microbatch's gradient is added to the accumulator too,
+  before the update. Clipping that `tx` does to accumulated gradients (`MultiSteps(chain(clip, adamw))`) is exact. What
+  needs all of one microbatch's gradient at once, a skip function or clipping with `INTO_MOMENTUM`, there cannot be.
+
+  Args:
+    fun: `(params, *args, **kwargs) -> loss` or, with has_aux, `(loss, aux)`; it must be differentiable in reverse mode.
+    tx: a `MultiSteps`, of one microbatch or more.
+    has_aux: whether fun returns a pair.
+
+  Returns:
+    `(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`, to be jitted with params and opt_state
+    donated; value is what fun returns.
+
+  Raises:
+    TypeError: if tx is no `MultiSteps`.
+    ValueError: if it has a skip function; and where fun is traced, for a parameter used in a slice that cannot be added
+      to, naming it.
+
+  >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
+  >>> def loss_fn(params, x):
+  ...   layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ lpmm.dequantize(w)), None))
+  ...   x, _ = jax.lax.scan(layer, x, params)
+  ...   return jnp.mean((x - 0.5) ** 2)
+  >>> params = lpmm.quantize(jax.random.normal(jax.random.key(0), (4, 64, 64)) / 8, lpmm.INT8)
+  >>> tx = lpmm.MultiSteps(lpmm.sgdm(1.0), every_k_schedule=2, accumulator=lpmm.INTO_MOMENTUM)
+  >>> state = tx.init(params)
+  >>> train_step = jax.jit(lpmm.value_and_step(loss_fn, tx), donate_argnums=(0, 1))
+  >>> for i in range(6):
+  ...   value, params, state = train_step(params, state, jnp.ones((8, 64)))
+  ...   print(f'{value:.2f}')
+  0.46
+  0.46
+  0.20
+  0.20
+  0.10
+  0.10
+  """
+  if not isinstance(tx, _multi_steps.MultiSteps):
+    raise TypeError(f'value_and_step accumulates, so it takes an lpmm_optax.MultiSteps, got {type(tx).__name__}')
+  microbatches = tx.microbatches
+  if microbatches.should_skip is not None:
+    raise ValueError(
+      "value_and_step cannot skip a microbatch: should_skip_update_fn must see all of its gradient, which never exists "
+      'at once; use jax.value_and_grad and lpmm_optax.step'
+    )
+
+  def wrapped(params, opt_state, *args, **kwargs):
+    microbatches.check(opt_state, params)
+    structure, leaves = _inner.flatten(params)
+    targets = microbatches.targets(structure, opt_state)
+    words = microbatches.words(structure, opt_state)
+    zero = _deterministic.runtime_zero(opt_state.mini_step)
+    tracked = [i for i in structure.active if _array.is_quantized(leaves[i]) and _array.is_quantized(targets[i])]
+    refs = {i: jax.tree.map(jax.new_ref, targets[i]) for i in tracked}
+    dense = {i: _array.dequantize(leaves[i]) for i in structure.active if i not in refs}
+
+    def with_sinks(anchor):
+      out = {}
+      for i in tracked:
+        blocks = _array.blocks_of(targets[i])
+        dynamic = {
+          'target': refs[i],
+          'weight': microbatches.gradient(opt_state, targets[i], None).weight,
+          'word': words[i],
+          'zero': zero,
+        }
+        accumulation = microbatches.accumulation(structure, i)
+        block_axis = blocks[0][0] if blocks else None
+        out[i] = _track(leaves[i], Sink(structure.paths[i], accumulation, block_axis, anchor, dynamic))
+      return out
+
+    def loss(anchor, dense):
+      seen = dict(enumerate(leaves)) | dense | with_sinks(anchor)
+      return fun(structure.treedef.unflatten([seen[i] for i in range(len(leaves))]), *args, **kwargs)
+
+    value, (_, gradients) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(jnp.zeros(()), dense)
+    targets |= {i: jax.tree.map(jax.freeze, ref) for i, ref in refs.items()}
+    state = microbatches.with_targets(structure, opt_state, targets)
+    state = microbatches.with_targets(structure, state, microbatches.accumulate(structure, state, gradients))
+
+    always = zero == 0
+
+    def emit(params, inner_state):
+      summed = microbatches.summed(structure, state, {})
+      return *_step.step(microbatches.tx, summed, params, inner_state), always
+
+    def wait(params, inner_state):
+      return params, inner_state, ~always
+
+    params, inner_state, stepped = lax.cond(
+      microbatches.is_last(opt_state), emit, wait, params, state.inner_opt_state
+    )
+    return value, params, microbatches.finished(state._replace(inner_opt_state=inner_state), opt_state, stepped)
+
+  return wrapped
