@@ -14,6 +14,7 @@ import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+import optax
 
 from lpmm_optax import _accumulate
 from lpmm_optax import _array
@@ -239,18 +240,11 @@ def value_and_step(
     state = microbatches.with_targets(structure, opt_state, targets)
     state = microbatches.with_targets(structure, state, microbatches.accumulate(structure, state, gradients))
 
-    always = zero == 0
-
-    def emit(params, inner_state):
-      summed = microbatches.summed(structure, state, {})
-      return *_step.step(microbatches.tx, summed, params, inner_state), always
-
-    def wait(params, inner_state):
-      return params, inner_state, ~always
-
-    params, inner_state, stepped = lax.cond(
-      microbatches.is_last(opt_state), emit, wait, params, state.inner_opt_state
-    )
-    return value, params, microbatches.finished(state._replace(inner_opt_state=inner_state), opt_state, stepped)
+    gradients = microbatches.summed(structure, state, {})
+    last = microbatches.is_last(opt_state)
+    state = state._replace(mini_step=jnp.where(last, state.mini_step, optax.safe_increment(state.mini_step)))
+    advance = functools.partial(_step.step, microbatches.tx, gradients)
+    params, state = microbatches.take_step(advance, lambda params, shapes: params, last, params, state)
+    return value, params, state
 
   return wrapped

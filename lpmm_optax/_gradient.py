@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from lpmm_optax import _array
+from lpmm_optax import _codec
 from lpmm_optax import _inner
 
 
@@ -39,6 +40,17 @@ class Gradient:
       if x is not None
     ]
     return sum(terms[1:], terms[0]) if terms else jnp.zeros((), dtype)
+
+  def stored(self) -> tuple[Any, Any]:
+    """The arrays, for a tile loop to read."""
+    return None if self.accumulated is None else _array.stored(self.accumulated), self.recent
+
+  def tile(self, reads: tuple[Any, Any], cells: _codec.Cells, dtype: Any) -> jax.Array:
+    """The sum in cell view, of one tile of what `stored` gave; a scalar zero if there is nothing."""
+    accumulated, recent = reads
+    if accumulated is not None:
+      accumulated = _array.codec_of(self.accumulated, cells.shape, cells).decode(accumulated)
+    return self.combine(accumulated, None if recent is None else cells.split(recent), dtype)
 
   def dense(self, template: Any) -> jax.Array:
     """The whole gradient, of the shape and dtype of `template`."""

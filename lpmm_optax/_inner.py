@@ -6,6 +6,7 @@ the graph is cut into one elementwise program per leaf and the rest, the *outer*
 norms of gradients, and whole leaves where the update is not elementwise.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -180,6 +181,23 @@ class LeafPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Reduction:
+  """A scalar that is reduced from one leaf's gradient, elementwise until then.
+
+  Attributes:
+    name: of the operation: 'reduce_sum'.
+    leaf: index of the leaf.
+    program: gives what is reduced from (gradient, *scalars).
+    scalars: values of the graph that are uniform.
+  """
+
+  name: str
+  leaf: int
+  program: _program.Program
+  scalars: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """How an update is split.
 
@@ -189,6 +207,7 @@ class Plan:
     entries: of the state.
     new: for each entry, the value that replaces it.
     leaves: by index of the active leaf.
+    reductions: by the value that they result in.
   """
 
   graph: _program.Graph
@@ -196,6 +215,7 @@ class Plan:
   entries: tuple[Entry, ...]
   new: tuple[int, ...]
   leaves: dict[int, LeafPlan]
+  reductions: dict[int, Reduction]
 
   @property
   def shared(self) -> dict[int, int]:
@@ -268,7 +288,7 @@ def plan_update(
           f'one of shape {params.templates[i].shape}'
         )
     leaves[i] = _plan_leaf(graph, i, arguments, wanted, fields[i], owners, stored)
-  return Plan(graph, inputs, tuple(entries), new, leaves)
+  return Plan(graph, inputs, tuple(entries), new, leaves, _find_reductions(graph, of, owners, stored))
 
 
 def _owners(
@@ -289,6 +309,29 @@ def _owners(
   return owners, stored
 
 
+def _boundary(graph: _program.Graph, wanted: Sequence[int], inside: Callable[[int], bool]) -> list[int]:
+  """The values outside, but for literals, from which those inside that are needed are computed."""
+  boundary = [value for op in graph.slice(wanted, lambda v: not inside(v)) for value in op.inputs if not inside(value)]
+  boundary += [value for value in wanted if not inside(value)]
+  return [v for v in dict.fromkeys(boundary) if not graph.is_literal(v)]
+
+
+def _find_reductions(
+  graph: _program.Graph, of: dict[tuple[str, int], int], owners: list[int | None], stored: list[bool]
+) -> dict[int, Reduction]:
+  found = {}
+  for op in graph.ops:
+    leaf = owners[op.inputs[0]] if op.name.startswith('reduce_') else None
+    (result, *_) = op.outputs
+    if leaf is None or stored[op.inputs[0]] or graph.shape(result):
+      continue
+    scalars = tuple(_boundary(graph, op.inputs, lambda v, leaf=leaf: owners[v] == leaf))
+    if all(graph.uniform[v] for v in scalars):
+      program = _program.cut(graph, [of['gradient', leaf], *scalars], op.inputs)
+      found[result] = Reduction(op.name, leaf, program, scalars)
+  return found
+
+
 def _plan_leaf(
   graph: _program.Graph,
   leaf: int,
@@ -299,9 +342,7 @@ def _plan_leaf(
   stored: list[bool],
 ) -> LeafPlan:
   inside = lambda value: owners[value] == leaf
-  boundary = [value for op in graph.slice(wanted, lambda v: not inside(v)) for value in op.inputs if not inside(value)]
-  boundary += [value for value in wanted if not inside(value)]
-  boundary = [v for v in dict.fromkeys(boundary) if not graph.is_literal(v)]
+  boundary = _boundary(graph, wanted, inside)
   shape = graph.shape(arguments[0])
   fits = lambda v: owners[v] is None and not stored[v] and (graph.uniform[v] or graph.shape(v) == shape)
   misfit = next((value for value in boundary if not fits(value)), None)

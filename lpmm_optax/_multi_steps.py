@@ -197,18 +197,35 @@ class Microbatches:
       gradients[i] = gradient if self.momentum is None else dataclasses.replace(gradient, accumulated=None)
     return structure.tree(gradients)
 
-  def finished(self, state: MultiStepsState, before: MultiStepsState, stepped: jax.Array) -> MultiStepsState:
-    """The state after one more microbatch than before, its accumulator emptied if the optimizer has taken its step.
+  def take_step(
+    self, advance: Callable, wait: Callable, when: jax.Array, params: Any, state: MultiStepsState
+  ) -> tuple[Any, MultiStepsState]:
+    """The optimizer's step where `when`, bool[], and the emptying of the accumulator after it.
 
-    `stepped`, bool[], must come out of the conditional that takes the step. Then the accumulator can be overwritten in
-    place: emptied inside, beside the loops that read it, it would exist twice.
+    Args:
+      advance: `(params, inner_state) -> (result, inner_state)`, the step.
+      wait: `(params, shapes) -> result`, what stands for the result otherwise, with the shapes of its arrays.
+      when: whether this microbatch completes the step.
+      params: the parameters.
+      state: of which counts and accumulator are those after the microbatch, if it does not complete the step.
     """
-    acc_grads = state.acc_grads
-    if self.momentum is None:
-      acc_grads = jax.tree.map(lambda x: jnp.where(stepped, jnp.zeros_like(x), x), acc_grads)
-    return state._replace(
-      mini_step=jnp.where(stepped, 0, optax.safe_increment(before.mini_step)),
-      gradient_step=jnp.where(stepped, optax.safe_increment(before.gradient_step), before.gradient_step),
+    always = _deterministic.runtime_zero(state.mini_step) == 0
+
+    def emit(params, inner_state):
+      return *advance(params, inner_state), always
+
+    def keep(params, inner_state):
+      return wait(params, shapes[0]), inner_state, ~always
+
+    shapes = jax.eval_shape(advance, params, state.inner_opt_state)
+    result, inner_state, stepped = lax.cond(when, emit, keep, params, state.inner_opt_state)
+    # That `stepped` comes out of the conditional makes this wait for it, and so overwrite the accumulator in place.
+    # Emptied inside, beside the loops that read it, it would exist twice.
+    acc_grads = jax.tree.map(lambda x: jnp.where(stepped, jnp.zeros_like(x), x), state.acc_grads)
+    return result, state._replace(
+      mini_step=jnp.where(stepped, 0, state.mini_step),
+      gradient_step=jnp.where(stepped, optax.safe_increment(state.gradient_step), state.gradient_step),
+      inner_opt_state=inner_state,
       acc_grads=acc_grads,
     )
 
@@ -220,55 +237,45 @@ class Microbatches:
     """Deltas, all zero until the last microbatch of a step, and the state."""
     self.check(state, params)
 
-    def take_step(gradients, inner_state):
+    def advance(gradients, params, inner_state):
       if not isinstance(self.tx, _transform.InPlaceTransformation):
         gradients = _gradient.dense(gradients, params)
       return self.tx.update(gradients, inner_state, params, **extra_args)
 
-    def no_change(deltas):
+    def no_change(params, deltas):
       return jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=s.dtype), params, deltas)
 
-    return self._advance(updates, params, state, take_step, no_change)
+    return self._advance(updates, params, state, advance, no_change)
 
   def step(self, gradients: Any, params: Any, state: MultiStepsState, **extra_args: Any) -> tuple[Any, Any]:
     """Parameters and state, in place."""
     self.check(state, params)
 
-    def take_step(gradients, inner_state):
+    def advance(gradients, params, inner_state):
       return _step.step(self.tx, gradients, params, inner_state, **extra_args)
 
-    return self._advance(gradients, params, state, take_step, lambda _: params)
+    return self._advance(gradients, params, state, advance, lambda params, shapes: params)
 
-  def _advance(self, gradients, params, state, take_step, no_change):
+  def _advance(self, gradients, params, state, advance, wait):
     structure, _ = _inner.flatten(params)
     recent = {i: gradient.recent for i, gradient in _gradient.flatten(structure, gradients).items()}
-    skip, skip_state = None, ()
+    last, more = self.is_last(state), ~self.is_last(state)
     if self.should_skip is not None:
       skip, skip_state = self.should_skip(gradients, state.gradient_step, params)
       if (skip.dtype, skip.shape) != (jnp.bool_, ()):
         raise ValueError(f'should_skip_update_fn must return a boolean scalar, got {skip.dtype}{list(skip.shape)}')
+      last, more = last & ~skip, more & ~skip
+      state = state._replace(skip_state=skip_state)
 
-    always = _deterministic.runtime_zero(state.mini_step) == 0
+    def accumulate(targets):
+      return self.accumulate(structure, self.with_targets(structure, state, targets), recent)
 
-    def emit(state):
-      result, inner_state = take_step(self.summed(structure, state, recent), state.inner_opt_state)
-      return result, state._replace(inner_opt_state=inner_state), always
-
-    def accumulate(state):
-      result = no_change(jax.eval_shape(emit, state)[0])
-      return result, self.with_targets(structure, state, self.accumulate(structure, state, recent)), ~always
-
-    def rejected(state):
-      return no_change(jax.eval_shape(emit, state)[0]), state
-
-    def accepted(state):
-      result, new, stepped = lax.cond(self.is_last(state), emit, accumulate, state)
-      return result, self.finished(new, state, stepped)
-
-    if skip is None:
-      return accepted(state)
-    result, new = lax.cond(skip, rejected, accepted, state)
-    return result, new._replace(skip_state=skip_state)
+    # Two conditionals, and in both the branch that changes something comes first: else XLA copies what is changed.
+    targets = lax.cond(more, accumulate, lambda targets: targets, self.targets(structure, state))
+    gradients = self.summed(structure, self.with_targets(structure, state, targets), recent)
+    state = self.with_targets(structure, state, targets)
+    state = state._replace(mini_step=jnp.where(more, optax.safe_increment(state.mini_step), state.mini_step))
+    return self.take_step(functools.partial(advance, gradients), wait, last, params, state)
 
 
 class MultiSteps(_transform.InPlaceTransformation):

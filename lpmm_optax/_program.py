@@ -6,6 +6,7 @@ its leaf.
 """
 
 from collections.abc import Callable
+from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -120,12 +121,15 @@ class Graph:
     """For every result of an operation, the operation's index."""
     return {value: i for i, op in enumerate(self.ops) for value in op.outputs}
 
-  def evaluate(self, wanted: Sequence[int], argument: Callable[[int], Any]) -> dict[int, jax.Array]:
+  def evaluate(
+    self, wanted: Sequence[int], argument: Callable[[int], Any], given: Container[int] = ()
+  ) -> dict[int, jax.Array]:
     """The wanted values, uniform ones as scalars.
 
     Args:
       wanted: numbers of values.
       argument: gives an input, or what the function closed over, by its number; asked only for what is needed.
+      given: values that `argument` gives too, though they are results of operations.
     """
     env: dict[int, Any] = {}
 
@@ -135,7 +139,7 @@ class Graph:
         env[value] = jnp.reshape(x, ()) if self.uniform[value] and np.ndim(x) else x
       return env[value]
 
-    for op in self.slice(wanted):
+    for op in self.slice(wanted, given.__contains__):
       operands = [read(value) for value in op.inputs]
       if op.name in RESHAPES and self.uniform[op.outputs[0]]:
         env[op.outputs[0]] = operands[0]

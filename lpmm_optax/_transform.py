@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lpmm_optax import _array
@@ -147,8 +148,7 @@ def update_leaf(
   is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
   tiling = _tiles.choose_tiling(param.shape, blocks, param.size if is_dense else static.tile_size)
   cells = _codec.make_cells(tiling.tile_shape, blocks)
-  codec = lambda leaf: _array.codec_of(leaf, tiling.tile_shape, cells)
-  param_codec, *codecs = map(codec, slots)
+  param_codec, *codecs = (_array.codec_of(leaf, tiling.tile_shape, cells) for leaf in slots)
   dtype = _codec.compute_dtype(param.dtype)
   hyperparams = {name: jnp.asarray(value).astype(dtype) for name, value in hyperparams.items()}
 
@@ -165,12 +165,7 @@ def update_leaf(
   def first(coordinates, reads, writes):
     old = (reads | writes)['param']
     value = param_codec.decode(old)
-    accumulated, recent = reads['accumulated'], reads['recent']
-    g = gradient.combine(
-      None if accumulated is None else codec(gradient.accumulated).decode(accumulated),
-      None if recent is None else cells.split(recent),
-      dtype,
-    )
+    g = gradient.tile(reads['gradient'], cells, dtype)
     if squared:
       g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
     delta, *new = (
@@ -208,8 +203,7 @@ def update_leaf(
     return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
   stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
-  accumulated = None if gradient.accumulated is None else _array.stored(gradient.accumulated)
-  only_read: dict[str, Any] = {'accumulated': accumulated, 'recent': gradient.recent, 'reads': reads}
+  only_read: dict[str, Any] = {'gradient': gradient.stored(), 'reads': reads}
   writes: dict[str, Any] = {'fields': [_array.stored(leaf) for leaf in fields]}
   if static.in_place:
     writes['param'] = _array.stored(param)
@@ -220,6 +214,31 @@ def update_leaf(
   writes = _tiles.update_in_place(stages, tiling, zero, only_read, writes, fused=is_dense)
   new = _array.with_stored(param, writes['param' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
+
+
+_REDUCERS: dict[str, tuple[Callable, Callable, float]] = {
+  'reduce_max': (jnp.max, jnp.maximum, -np.inf),
+  'reduce_sum': (jnp.sum, jnp.add, 0.0),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def reduce_leaf(
+  name: str, program: _program.Program, tile_size: int, gradient: _gradient.Gradient, scalars: list[jax.Array]
+) -> jax.Array:
+  """A reduction of all of `program(gradient, *scalars)` to a scalar, tile by tile: the square of its norm, say."""
+  template: Any = gradient.accumulated
+  blocks = _array.blocks_of(template)
+  tiling = _tiles.choose_tiling(template.shape, blocks, tile_size)
+  cells = _codec.make_cells(tiling.tile_shape, blocks)
+  reduce, combine, start = _REDUCERS[name]
+
+  def body(step, total):
+    reads = jax.tree.map(lambda x: tiling.take(x, step), gradient.stored())
+    (value,) = program(gradient.tile(reads, cells, jnp.float32), *scalars)
+    return combine(total, reduce(value))
+
+  return jax.lax.fori_loop(0, tiling.steps, body, jnp.float32(start))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,8 +433,22 @@ def transform(
     foreign = len(jax.tree.leaves(before))
     names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(entries)]
 
+    most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
+    size = tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
+    # An accumulated gradient would be decoded whole to be reduced.
+    reductions = {
+      value: reduction
+      for value, reduction in plan.reductions.items()
+      if reduction.name in _REDUCERS and _array.is_quantized(gradients[reduction.leaf].accumulated)
+    }
+
     def evaluate(zero, sources):
       def argument(value):
+        if value in reductions:
+          reduction = reductions[value]
+          scalars = plan.graph.evaluate(reduction.scalars, argument)
+          values = [scalars[v] for v in reduction.scalars]
+          return reduce_leaf(reduction.name, reduction.program, size, sources['gradient'][reduction.leaf], values)
         if value in plan.graph.known:
           return sources['closure'][value]
         what, index = plan.inputs[value]
@@ -425,7 +458,7 @@ def transform(
         is_shared = what == 'state' and entries[index].leaf is None
         return x if is_shared else _array.dequantize(x, aval.dtype)
 
-      return _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument), zero)()
+      return _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument, reductions), zero)()
 
     templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
     closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
@@ -433,9 +466,7 @@ def transform(
     outer = _sharding.follow_each(evaluate, templates, zero, sources)
     hyperparams = feedback.hyperparams(state.step) if feedback else {}
     paths = [structure.paths[i] for i in structure.active]
-    most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     words = dict(zip(structure.active, _random.slot_words(state.key, [state.step], paths, 1 + most), strict=True))
-    size = tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
     new_leaves = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
     new_arrays = list(arrays)
     for e, value in plan.shared.items():
