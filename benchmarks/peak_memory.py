@@ -12,11 +12,12 @@ forward pass, backward pass and optimizer on one microbatch, jitted with paramet
 The first command gives each method a process of its own, and two figures. One is of the compiled step: arguments +
 outputs - aliased + temporaries. The other is what happens over one cycle of microbatches: on a CPU, how far the
 resident memory of the process rises above what it was before there were arrays; on a GPU, the peak of the allocator. On
-a CPU the first knows nothing of the scratch memory of libraries, the second counts it.
+a CPU the first knows nothing of the scratch memory of libraries; the second counts it, and the ten megabytes or so that
+the first step of any program takes for itself.
 
 The second command times whole cycles, in one process, in which the methods take turns so that a slow moment of the
 machine meets them all; the figure is the median over rounds of the ratio, within a round, to Optax's MultiSteps in
-float32. The third prints both as tables in Markdown and draws the first.
+float32. The third prints both as tables in Markdown, and draws the first, with measured peaks in parentheses.
 
 `lean` means `lpmm.value_and_step`: weights are decoded where they are used, and gradients accumulated where they arise.
 (The ResNet's loss decodes all weights at its start, so that under `lean` only its gradients need not exist together.)
@@ -263,8 +264,8 @@ def accumulated(tx: Callable[[], Any]) -> Callable[[], Any]:
   return lambda: optax.MultiSteps(tx(), MICROBATCHES).gradient_transformation()
 
 
-def our_sgdm(accumulator: Any = None) -> Any:
-  return lpmm.MultiSteps(lpmm.sgdm(LEARNING_RATE, MOMENTUM), MICROBATCHES, accumulator=accumulator or lpmm.INT8)
+def our_sgdm(accumulator: Any = lpmm.INT8) -> Any:
+  return lpmm.MultiSteps(lpmm.sgdm(LEARNING_RATE, MOMENTUM), MICROBATCHES, accumulator=accumulator)
 
 
 def our_sgdm_into_momentum() -> Any:
@@ -515,7 +516,7 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
 
 
 def save_plot(file: Path, results: dict[str, Any]) -> None:
-  """Stacked bars of the compiled step, a panel per model, with the measured peak as a mark."""
+  """Stacked bars of the compiled step, a panel per model, with the measured peak as a mark and in parentheses."""
   panels = {name: sections['memory'] for name, sections in results.items() if 'memory' in sections}
   tallest = max(len(section['results']) for section in panels.values())
   figure = Figure(figsize=(7.5 * len(panels), 1.6 + 0.34 * (tallest + 1)), layout='constrained')
@@ -532,12 +533,13 @@ def save_plot(file: Path, results: dict[str, Any]) -> None:
       axes.barh(places, widths, left=left, color=COLORS[part], label=label)
       left += widths
     measured = np.array([row['measured_peak_bytes'] or math.nan for row in rows]) / counts
-    axes.plot(measured, places, 'k|', markersize=13, markeredgewidth=2, label='measured peak')
+    axes.plot(measured, places, 'k|', markersize=13, markeredgewidth=2, label='(measured peak)')
     for place, total, mark in zip(places, left, measured, strict=True):
-      axes.annotate(f'{total:.2f}', (np.fmax(total, mark), place), (6, 0), textcoords='offset points', va='center')
+      label = f'{total:.2f}' if math.isnan(mark) else f'{total:.2f} ({mark:.2f})'
+      axes.annotate(label, (np.fmax(total, mark), place), (6, 0), textcoords='offset points', va='center')
     axes.set_yticks(places, [row['method'] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * np.nanmax([left, measured]))
+    axes.set_xlim(0, 1.32 * np.nanmax([left, measured]))
     axes.set(xlabel='bytes per parameter', title=f'{TITLES[name]}\n{counts[0] / 1e6:.1f}M parameters')
     axes.grid(axis='x', alpha=0.3)
     axes.set_axisbelow(True)
@@ -606,6 +608,8 @@ def main(argv: list[str] | None = None) -> None:
   argv = sys.argv[1:] if argv is None else argv
   args = parse_args(argv)
   if args.one is not None:
+    # Else a CPU frees the temporaries of a program at some time after its results are ready.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
     (name,) = args.models
     model = MODELS[name](args)
     print(json.dumps({'about': about(args, name, model), 'row': measure_memory(args.one, model)}))

@@ -2,10 +2,15 @@
 
   python examples/train_char_lm.py
   python examples/train_char_lm.py --text book.txt --runs adamw-fp32 adamw-8bit lion-fp32 lion-8bit
+  python examples/train_char_lm.py --layers 12 --width 256 --batch-size 8 --microbatches 2 --low-memory
 
 All runs start from the same weights and see the same batches. They end in one table (losses, model memory per
 parameter, peak memory of the compiled step, step time) and one plot. Without `--text`, the text is what Python's own
 `help()` says of the language, in English.
+
+With `--microbatches N`, each batch is computed in N parts, whose gradients are accumulated: in 8 bits by low-precision
+runs, in float32 by the others. With `--low-memory`, low-precision runs accumulate during the backward pass, and each
+layer's weights are decoded where it uses them: neither weights nor gradients ever exist as a dense tree.
 """
 
 import argparse
@@ -91,6 +96,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--heads', type=int, default=4, help='of attention, in each layer (default %(default)s)')
   add('--context', type=int, default=128, help='characters that the model sees at once (default %(default)s)')
   add('--batch-size', type=int, default=16, help='(default %(default)s)')
+  accumulator = 'gradients are accumulated in 8 bits, or in float32 by float32 runs (default %(default)s)'
+  add('--microbatches', type=int, default=1, metavar='N', help=f'split each batch in N; {accumulator}')
+  low_memory = 'decode weights, and accumulate gradients, layer by layer (low-precision runs only)'
+  add('--low-memory', action='store_true', help=low_memory)
   add('--steps', type=int, default=1000, help='(default %(default)s)')
   add('--learning-rate', type=float, default=3e-3, help='of AdamW after the warm-up (default %(default)s)')
   add('--weight-decay', type=float, default=0.1, help='of AdamW, on matrices (default %(default)s)')
@@ -100,12 +109,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
 
   args.runs = list(dict.fromkeys(args.runs))
-  for name in ('layers', 'width', 'heads', 'context', 'batch_size', 'steps'):
+  for name in ('layers', 'width', 'heads', 'context', 'batch_size', 'microbatches', 'steps'):
     if getattr(args, name) < 1:
       parser.error(f'--{name.replace("_", "-")} must be at least 1, got {getattr(args, name)}')
   # Rotary embedding takes the features of a head in pairs.
   if args.width % (2 * args.heads):
     parser.error(f'--width {args.width} does not divide into {args.heads} heads of even width')
+  if args.batch_size % args.microbatches:
+    parser.error(f'--batch-size {args.batch_size} does not divide into {args.microbatches} microbatches')
   # NumPy takes no negative seed, and JAX drops the upper half of a longer one.
   if not 0 <= args.seed < 2**32:
     parser.error(f'--seed must be from 0 to 2**32 - 1, got {args.seed}')
@@ -128,6 +139,12 @@ def train_batch(data: Text, args: argparse.Namespace, step: int) -> tuple[np.nda
   """Windows at random places, which depend on (seed, step) alone: every run sees the same ones."""
   starts = np.random.default_rng((args.seed, step)).integers(0, len(data.train) - args.context, args.batch_size)
   return windows(data.train, starts, args.context)
+
+
+def train_microbatches(data: Text, args: argparse.Namespace, step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+  """The windows of a batch in equal parts."""
+  inputs, targets = train_batch(data, args, step)
+  return list(zip(np.split(inputs, args.microbatches), np.split(targets, args.microbatches), strict=True))
 
 
 def validation_batches(data: Text, args: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -174,7 +191,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Layers of one shape, whose parameters are stacked along a first axis: few large arrays, compiled once."""
+  """Layers of one shape, whose parameters are stacked along a first axis: few large arrays, compiled once.
+
+  Parameters may be quantized: each layer decodes its own where it uses them. Dense ones it takes as they are.
+  """
 
   vocabulary: int
   layers: int
@@ -184,14 +204,19 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Characters, int32[batch, length], to logits of the next ones, float32[batch, length, vocabulary]."""
-    x = nn.Embed(self.vocabulary, self.width, name='characters')(tokens)
+    decoding = partial(
+      nn.map_variables, mapped_collections='params', trans_in_fn=lpmm.dequantize, init=self.is_initializing()
+    )
+    x = decoding(nn.Embed)(self.vocabulary, self.width, name='characters')(tokens)
     # On a CPU, gradients of matrices take half the time where all characters lie along one axis; and layers that
     # compute their activations again in the backward pass take a fifth of the memory, and no longer.
-    stack = nn.scan(nn.remat(Block), variable_axes={'params': 0}, split_rngs={'params': True}, length=self.layers)
+    layer = nn.remat(decoding(Block))
+    stack = nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.layers)
     x, _ = stack(self.heads, tokens.shape[1], name='layers')(x.reshape(-1, self.width))
     # Not tied to the embedding: with so few characters that would save little, and a block of 8-bit codes would have
     # one scale for two uses.
-    logits = nn.Dense(self.vocabulary, use_bias=False, name='head')(nn.RMSNorm(name='norm')(x))
+    x = decoding(nn.RMSNorm)(name='norm')(x)
+    logits = decoding(nn.Dense)(self.vocabulary, use_bias=False, name='head')(x)
     return logits.reshape(*tokens.shape, self.vocabulary)
 
 
@@ -199,9 +224,9 @@ def make_model(data: Text, args: argparse.Namespace) -> Transformer:
   return Transformer(len(data.vocabulary), args.layers, args.width, args.heads)
 
 
-def mean_loss(model: Transformer, weights: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+def mean_loss(model: Transformer, params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
   """In nats per character."""
-  logits = model.apply({'params': weights}, inputs)
+  logits = model.apply({'params': params}, inputs)
   return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
 
 
@@ -231,7 +256,7 @@ def is_matrix(params: Any) -> Any:
 
 
 def make_optimizer(name: str, args: argparse.Namespace) -> optax.GradientTransformation:
-  """Clipping, then AdamW or Lion, by us or by Optax."""
+  """Clipping, then AdamW or Lion, by us or by Optax; of the accumulated gradient, where one is accumulated."""
   run = RUNS[name]
   rate = RATES[run.optimizer]
   common = {
@@ -243,12 +268,18 @@ def make_optimizer(name: str, args: argparse.Namespace) -> optax.GradientTransfo
   }
   clip = optax.clip_by_global_norm(CLIP_NORM)
   if run.params is None:
-    return optax.chain(clip, getattr(optax, run.optimizer)(**common))
-  return lpmm.chain(clip, getattr(lpmm, run.optimizer)(**common, **run.options, key=jax.random.key(args.seed)))
+    tx = optax.chain(clip, getattr(optax, run.optimizer)(**common))
+    return optax.MultiSteps(tx, args.microbatches).gradient_transformation() if args.microbatches > 1 else tx
+  key = jax.random.key(args.seed)
+  tx = lpmm.chain(clip, getattr(lpmm, run.optimizer)(**common, **run.options, key=key))
+  if args.microbatches > 1 or args.low_memory:
+    tx = lpmm.MultiSteps(tx, args.microbatches, accumulator=lpmm.INT8, key=key)
+  return tx
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# State and step: the same for all runs, since `dequantize` passes dense arrays on and `step` takes any optimizer
+# State and step: the same for all runs without --low-memory, since `dequantize` passes dense arrays on and `step` takes
+# any optimizer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -271,14 +302,19 @@ def make_state(name: str, model: Transformer, tx: optax.GradientTransformation, 
   return store(init_weights(model, jax.random.key(args.seed)))
 
 
-def make_train_step(model: Transformer, tx: optax.GradientTransformation):
+def make_train_step(name: str, model: Transformer, tx: optax.GradientTransformation, args: argparse.Namespace):
+  """Takes one microbatch; parameters change at the last one of a batch."""
+  loss_fn = partial(mean_loss, model)
+
   # Donated buffers go to results of the same shape in order, and codes of parameters and of moments have the same
   # shapes: hence arguments and results come in one order.
   @partial(jax.jit, donate_argnames=('params', 'opt_state'))
   def train_step(params, opt_state, inputs, targets):
-    weights = lpmm.dequantize(params)
-    loss, grads = jax.value_and_grad(partial(mean_loss, model))(weights, inputs, targets)
-    params, opt_state = lpmm.step(tx, grads, params, opt_state)
+    if args.low_memory and RUNS[name].params is not None:
+      loss, params, opt_state = lpmm.value_and_step(loss_fn, tx)(params, opt_state, inputs, targets)
+    else:
+      loss, grads = jax.value_and_grad(loss_fn)(lpmm.dequantize(params), inputs, targets)
+      params, opt_state = lpmm.step(tx, grads, params, opt_state)
     return params, opt_state, loss
 
   return train_step
@@ -289,7 +325,7 @@ def make_validate(model: Transformer, data: Text, args: argparse.Namespace):
 
   @jax.jit
   def batch_loss(params, inputs, targets):
-    return mean_loss(model, lpmm.dequantize(params), inputs, targets)
+    return mean_loss(model, params, inputs, targets)
 
   return lambda params: statistics.fmean(float(batch_loss(params, *batch)) for batch in batches)
 
@@ -308,6 +344,13 @@ class History:
   validation: list[tuple[int, float]] = dataclasses.field(default_factory=list)
 
 
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+  """What a step takes at most: arguments, results that are not put in their place, temporaries."""
+  memory = compiled.memory_analysis()
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+
+
 def run(name: str, args: argparse.Namespace, data: Text, progress: Progress) -> dict[str, Any]:
   """Trains the model as RUNS has it under that name."""
   bar = progress.add_task(name, total=args.steps, status='compiling')
@@ -315,32 +358,32 @@ def run(name: str, args: argparse.Namespace, data: Text, progress: Progress) -> 
   model = make_model(data, args)
   tx = make_optimizer(name, args)
   params, opt_state = make_state(name, model, tx, args)
-  bytes_per_param = lpmm.memory_report(params, opt_state).bytes_per_param
-  train_step = make_train_step(model, tx)
+  report = lpmm.memory_report(params, opt_state)
+  train_step = make_train_step(name, model, tx, args)
   # The first step finds the program compiled here.
-  memory = train_step.lower(params, opt_state, *train_batch(data, args, 0)).compile().memory_analysis()
+  peak = peak_bytes(train_step.lower(params, opt_state, *train_microbatches(data, args, 0)[0]).compile())
   validate = make_validate(model, data, args)
   history = History()
 
   for step in range(args.steps):
-    batch = train_batch(data, args, step)
+    microbatches, losses = train_microbatches(data, args, step), []
     start = time.perf_counter()
-    params, opt_state, loss = train_step(params, opt_state, *batch)
-    # Reading the loss waits for the step.
-    history.loss.append(float(loss))
+    for microbatch in microbatches:
+      params, opt_state, loss = train_step(params, opt_state, *microbatch)
+      losses.append(loss)
+    # Reading the losses waits for the step.
+    history.loss.append(statistics.fmean(map(float, losses)))
     history.seconds.append(time.perf_counter() - start)
     if (step + 1) % VALIDATE_EVERY == 0 or step + 1 == args.steps:
       history.validation.append((step + 1, validate(params)))
     show(progress, bar, history)
 
-  peak = (
-    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-  )
   return {
     'validation_loss': history.validation[-1][1],
     'train_loss': statistics.fmean(history.loss[-TRAIN_LOSS_STEPS:]),
-    'bytes_per_param': bytes_per_param,
+    'bytes_per_param': report.bytes_per_param,
     'peak_bytes': peak,
+    'peak_bytes_per_param': peak / report.parameters,
     'step_ms': 1e3 * statistics.median(history.seconds),
     'steps': args.steps,
     'loss': history.loss,
@@ -363,7 +406,9 @@ def show(progress: Progress, bar: TaskID, history: History) -> None:
 
 
 def print_table(console: Console, results: dict[str, dict[str, Any]]) -> None:
-  table = Table('run', 'validation loss', 'train loss', 'model B/param', 'step peak MiB', 'step ms')
+  # Broken by hand, so that all of it fits into 80 columns.
+  heads = ('run', 'validation\nloss', 'train\nloss', 'model\nB/param', 'peak\nMiB', 'peak\nB/param', 'step\nms')
+  table = Table(*heads)
   table.columns[0].no_wrap = True
   for column in table.columns[1:]:
     column.justify = 'right'
@@ -374,6 +419,7 @@ def print_table(console: Console, results: dict[str, dict[str, Any]]) -> None:
       f'{result["train_loss"]:.4f}',
       f'{result["bytes_per_param"]:.2f}',
       f'{result["peak_bytes"] / 2**20:.1f}',
+      f'{result["peak_bytes_per_param"]:.2f}',
       f'{result["step_ms"]:.1f}',
     )
   console.print(table)
@@ -426,7 +472,7 @@ def save_results(file: Path, args: argparse.Namespace, data: Text, results: dict
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
-  """Returns by run: validation_loss, train_loss, bytes_per_param, peak_bytes, step_ms, steps, and the curves."""
+  """Returns by run: losses, bytes_per_param, peak_bytes, peak_bytes_per_param, step_ms, steps, and the curves."""
   args = parse_args(argv)
   try:
     data = text(args.text)

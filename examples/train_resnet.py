@@ -92,7 +92,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--depth', type=int, default=20, help='layers of the ResNet, 6n + 2: 20 (default), 32, 56, ...')
   add('--width', type=int, help=f'channels of its first stage (default {either("width")})')
   add('--formats', choices=RECIPES, default='int8', help='how the low-precision run stores its model, see below')
-  add('--microbatches', type=int, default=1, metavar='N', help='split each batch in N and average their gradients')
+  accumulated = 'added to the momentum or, without error feedback, to an 8-bit accumulator'
+  add('--microbatches', type=int, default=1, metavar='N', help=f'split each batch in N, gradients {accumulated}')
   add('--epochs', type=int, help=f'default {either("epochs")}')
   add('--steps', type=int, help='stop after so many steps, on the schedule of all epochs')
   add('--batch-size', type=int, help=f'default {either("batch_size")}')
@@ -206,7 +207,7 @@ def make_schedule(args: argparse.Namespace, steps_per_epoch: int) -> optax.Sched
 
 
 def make_optimizer(name: str, args: argparse.Namespace, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """SGD with momentum and coupled weight decay, by us or by Optax."""
+  """SGD with momentum and coupled weight decay, by us or by Optax, of the mean gradient of a batch's microbatches."""
   recipe = RECIPES[args.formats]
   if name == 'fp32':
     decay, rate, momentum = (
@@ -216,15 +217,22 @@ def make_optimizer(name: str, args: argparse.Namespace, schedule: optax.Schedule
     )
     # In the order of the other run, so that the two differ in precision alone: with error feedback, a gradient enters
     # the momentum at the rate at which it came; without, as in `optax.sgd`, the momentum takes the rate of the step.
-    return optax.chain(decay, rate, momentum) if recipe.error_feedback else optax.chain(decay, momentum, rate)
-  return lpmm.sgdm(
+    tx = optax.chain(decay, rate, momentum) if recipe.error_feedback else optax.chain(decay, momentum, rate)
+    return tx if args.microbatches == 1 else optax.MultiSteps(tx, args.microbatches).gradient_transformation()
+  key = jax.random.key(args.seed)
+  tx = lpmm.sgdm(
     schedule,
     MOMENTUM,
     weight_decay=args.weight_decay,
     formats=recipe.momentum,
     error_feedback=recipe.error_feedback,
-    key=jax.random.key(args.seed),
+    key=key,
   )
+  if args.microbatches == 1:
+    return tx
+  # The paper's optimizer has an accumulator. The recommended one needs none, since momentum is linear in the gradients.
+  accumulator = lpmm.INTO_MOMENTUM if recipe.error_feedback else lpmm.INT8
+  return lpmm.MultiSteps(tx, args.microbatches, accumulator=accumulator, key=key)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +260,18 @@ def make_state(name: str, model: ResNet, tx: optax.GradientTransformation, data:
   return *store(variables['params']), variables['batch_stats']
 
 
-def make_train_step(model: ResNet, tx: optax.GradientTransformation, data: Dataset, args: argparse.Namespace):
+def make_microbatches(data: Dataset, args: argparse.Namespace):
+  @jax.jit
+  def microbatches(images, labels, step):
+    """The (images, labels) of each microbatch: parts of the batch, which is augmented as a whole."""
+    key = jax.random.fold_in(jax.random.key(args.seed), step)
+    parts = (jnp.split(x, args.microbatches) for x in (augment(data, key, images), labels))
+    return list(zip(*parts, strict=True))
+
+  return microbatches
+
+
+def make_train_step(model: ResNet, tx: optax.GradientTransformation, data: Dataset):
   def loss_fn(weights, batch_stats, images, labels):
     variables = {'params': weights, 'batch_stats': batch_stats}
     logits, updated = model.apply(variables, images, train=True, mutable=['batch_stats'])
@@ -260,31 +279,14 @@ def make_train_step(model: ResNet, tx: optax.GradientTransformation, data: Datas
     accuracy = jnp.mean((jnp.argmax(logits, -1) == labels).astype(jnp.float32))
     return loss, (accuracy, updated['batch_stats'])
 
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-
-  def accumulate(weights, batch_stats, images, labels):
-    """The average over microbatches, in a float32 accumulator: 4 bytes per parameter of model memory in either run."""
-    split = lambda x: x.reshape(args.microbatches, -1, *x.shape[1:])
-
-    def one(carry, microbatch):
-      batch_stats, total = carry
-      (loss, (accuracy, batch_stats)), grads = grad_fn(weights, batch_stats, *microbatch)
-      return (batch_stats, jax.tree.map(jnp.add, total, grads)), (loss, accuracy)
-
-    start = (batch_stats, jax.tree.map(jnp.zeros_like, weights))
-    (batch_stats, total), (losses, accuracies) = lax.scan(one, start, (split(images), split(labels)))
-    grads = jax.tree.map(lambda g: g / args.microbatches, total)
-    return (jnp.mean(losses), (jnp.mean(accuracies), batch_stats)), grads
-
   # Donated buffers go to results of the same shape in order, and codes of parameters and of momentum have the same
   # shapes: hence arguments and results come in one order.
   @partial(jax.jit, donate_argnames=('params', 'opt_state', 'batch_stats'))
-  def train_step(params, opt_state, batch_stats, images, labels, step):
-    key = jax.random.fold_in(jax.random.key(args.seed), step)
-    images = normalize(data, augment(data, key, images))
+  def train_step(params, opt_state, batch_stats, images, labels):
+    """One microbatch; the parameters change with the last one of a batch."""
     weights = lpmm.dequantize(params)
-    compute = grad_fn if args.microbatches == 1 else accumulate
-    (loss, (accuracy, batch_stats)), grads = compute(weights, batch_stats, images, labels)
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    (loss, (accuracy, batch_stats)), grads = grad_fn(weights, batch_stats, normalize(data, images), labels)
     params, opt_state = lpmm.step(tx, grads, params, opt_state)
     return params, opt_state, batch_stats, loss, accuracy
 
@@ -344,11 +346,14 @@ def run(
     step, state, history = restore(checkpoints, state)
   params, opt_state, batch_stats = state
 
-  bytes_per_param = model_bytes_per_param(params, opt_state, args)
-  batch = (data.train_images[: args.batch_size], data.train_labels[: args.batch_size], np.int32(0))
-  train_step = make_train_step(model, tx, data, args)
+  # Model memory, as the paper has it: parameters, optimizer state and gradient accumulator. Batch statistics are in
+  # neither run's count: they are no parameters, and no optimizer keeps state for them.
+  bytes_per_param = lpmm.memory_report(params, opt_state).bytes_per_param
+  microbatches, train_step = make_microbatches(data, args), make_train_step(model, tx, data)
+  size = args.batch_size // args.microbatches
   # The first step finds the program compiled here.
-  memory = train_step.lower(params, opt_state, batch_stats, *batch).compile().memory_analysis()
+  lowered = train_step.lower(params, opt_state, batch_stats, data.train_images[:size], data.train_labels[:size])
+  memory = lowered.compile().memory_analysis()
   test = make_test(model, data)
 
   while step < total:
@@ -357,12 +362,16 @@ def run(
       order = epoch_order(data, args.seed, epoch)
     index = order[position * args.batch_size : (position + 1) * args.batch_size]
     batch = (data.train_images[index], data.train_labels[index], np.int32(step))
+    losses, accuracies = [], []
     start = time.perf_counter()
-    params, opt_state, batch_stats, loss, accuracy = train_step(params, opt_state, batch_stats, *batch)
-    # Reading the loss waits for the step.
-    history.loss.append(float(loss))
+    for microbatch in microbatches(*batch):
+      params, opt_state, batch_stats, loss, accuracy = train_step(params, opt_state, batch_stats, *microbatch)
+      losses.append(loss)
+      accuracies.append(accuracy)
+    # Reading the losses waits for the step.
+    history.loss.append(statistics.fmean(map(float, losses)))
     history.seconds.append(time.perf_counter() - start)
-    history.accuracy.append(float(accuracy))
+    history.accuracy.append(statistics.fmean(map(float, accuracies)))
     step += 1
     if position + 1 == steps_per_epoch or step == total:
       history.test.append((step, test(params, batch_stats)))
@@ -378,7 +387,6 @@ def run(
   return {
     'test_accuracy': history.test[-1][1],
     'bytes_per_param': bytes_per_param,
-    'reduction': 1 - bytes_per_param / fp32_bytes_per_param(args),
     'peak_bytes': peak,
     'step_ms': 1e3 * statistics.median(history.seconds),
     'steps': step,
@@ -449,23 +457,6 @@ def restore(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[int, Any, Hi
 # ---------------------------------------------------------------------------------------------------------------------
 # Reports
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def accumulator_bytes(args: argparse.Namespace) -> int:
-  return 4 if args.microbatches > 1 else 0
-
-
-def model_bytes_per_param(params: Any, opt_state: Any, args: argparse.Namespace) -> float:
-  """Model memory, as the paper has it: parameters, optimizer state and gradient accumulator.
-
-  Batch statistics are in neither run's count: they are no parameters, and no optimizer keeps state for them.
-  """
-  return lpmm.memory_report(params, opt_state).bytes_per_param + accumulator_bytes(args)
-
-
-def fp32_bytes_per_param(args: argparse.Namespace) -> float:
-  """Parameter and momentum in float32, and the accumulator."""
-  return 4 + 4 + accumulator_bytes(args)
 
 
 def print_table(console: Console, results: dict[str, dict[str, Any]]) -> None:
@@ -544,6 +535,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     checkpoints = {name: stack.enter_context(open_checkpoints(args, name)) for name in RUNS}
     progress = stack.enter_context(Progress(*columns, console=console))
     results = {name: run(name, args, data, checkpoints[name], progress) for name in RUNS}
+  for result in results.values():
+    result['reduction'] = 1 - result['bytes_per_param'] / results['fp32']['bytes_per_param']
   print_table(console, results)
   save_plot(args.plot, results, f'ResNet-{args.depth} on {args.dataset}, formats={args.formats}')
   console.print(str(args.plot), highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ for differentiation: the cotangent that arrives is a layer's gradient, and is ad
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -75,8 +76,8 @@ class Sink:
     for n in reversed(shape[:axes]):
       start.insert(0, number % n)
       number = number // n
-    index = tuple(start) if start else ...
-    target = jax.tree.map(lambda ref: ref[index], dynamic['target'])
+    whole = jax.tree.map(lambda ref: ref[...], dynamic['target'])
+    target = jax.tree.map(lambda x: _slice(x, start), whole)
     new = _sharding.follow(
       functools.partial(_accumulate.accumulate_leaf, self.accumulation),
       target.codes,
@@ -86,10 +87,23 @@ class Sink:
       dynamic['zero'],
     )
 
-    def write(ref, value):
-      ref[index] = value
+    def write(ref, x, slice_of_x):
+      ref[...] = _with_slice(x, slice_of_x, start)
 
-    jax.tree.map(write, dynamic['target'], new)
+    jax.tree.map(write, dynamic['target'], whole, new)
+
+
+# A `jax.Ref` could be indexed itself, but not on an explicit mesh. Compiled, it is the same: a Ref is an array again then,
+# and updated in place.
+def _slice(x: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
+  for index in start:
+    x = lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+  return x
+
+
+def _with_slice(x: jax.Array, new: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
+  indices = [*start, *[jnp.int32(0)] * new.ndim]
+  return lax.dynamic_update_slice(x, new.reshape((1,) * len(start) + new.shape), indices)
 
 
 @jax.tree_util.register_dataclass

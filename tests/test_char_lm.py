@@ -1,6 +1,7 @@
 """The language model example and the summary of its results: text, batches, model, runs, what it refuses."""
 
 import contextlib
+from functools import partial
 import importlib.util
 import io
 import json
@@ -81,6 +82,15 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert (first[0] != other[0]).any()
 
 
+@pytest.mark.parametrize('count', [1, 2, 8])
+def test_microbatches_are_the_windows_of_the_batch_in_equal_parts(count):
+  args, data = train_char_lm.parse_args([*SMALL, '--microbatches', str(count)]), datasets.text()
+  parts = train_char_lm.train_microbatches(data, args, 3)
+  assert [inputs.shape for inputs, _ in parts] == [(8 // count, 16)] * count
+  joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+  np.testing.assert_array_equal(joined, train_char_lm.train_batch(data, args, 3))
+
+
 def test_the_shortest_text_that_is_taken_has_windows_in_both_parts(tmp_path):
   file = tmp_path / 'short'
   file.write_text('ab' * 85)
@@ -156,6 +166,17 @@ def test_parameters_of_layers_are_stacked_on_the_first_axis(weights):
       # Each layer has a start of its own.
       assert (leaf[0] != leaf[1]).any()
   assert jax.tree.map(jnp.shape, weights['layers']['qkv']) == {'kernel': (3, 64, 192)}
+
+
+def test_quantized_weights_give_the_logits_of_their_dense_values(model, weights):
+  # Every leaf: the small ones, which are dense by default, must not be forgotten.
+  quantized = jax.jit(partial(lpmm.quantize, format=lpmm.INT8, where=[('', lpmm.INT8)]))(weights)
+  assert all(map(lpmm.is_quantized, jax.tree.leaves(quantized, is_leaf=lpmm.is_quantized)))
+  tokens = np.arange(8, dtype=np.int32)[None]
+  decoded_first = jax.jit(lambda params: model.apply({'params': lpmm.dequantize(params)}, tokens))
+  decoded_by_layer = jax.jit(lambda params: model.apply({'params': params}, tokens))
+  # Logits of about 1, and sums of at most 256 products, which may round differently beside the decoding.
+  np.testing.assert_allclose(decoded_by_layer(quantized), decoded_first(quantized), rtol=0, atol=1e-5)
 
 
 def test_every_weight_but_the_gains_of_norms_decays(weights):
@@ -243,6 +264,8 @@ def test_both_optimizers_learn(finished):
     assert result['validation_curve'] == [(30, result['validation_loss'])]
     assert result['step_ms'] > 0
     assert result['peak_bytes'] > 0
+    # Model memory counts in the peak.
+    assert result['peak_bytes_per_param'] > result['bytes_per_param']
   # Parameter and moments, and a few scalars.
   for result, expected in zip(finished.results.values(), (12, 8), strict=True):
     assert result['bytes_per_param'] == pytest.approx(expected, abs=1e-3)
@@ -263,6 +286,7 @@ def test_a_run_ends_in_a_table_a_plot_and_a_line_of_results(finished):
     assert name in row
     assert f'{result["validation_loss"]:.4f}' in row
     assert f'{result["bytes_per_param"]:.2f}' in row
+    assert f'{result["peak_bytes_per_param"]:.2f}' in row
   # Two bars; the table's frame, head of two lines, and rows; and the plot's name.
   assert len(finished.out.splitlines()) == 2 + 7 + 1
   plot = Path('out/train_char_lm.png')
@@ -274,15 +298,21 @@ def test_a_run_ends_in_a_table_a_plot_and_a_line_of_results(finished):
   assert line['settings']['text'] is None
   assert line['settings']['runs'] == [*RUNS]
   assert line['settings']['width'] == 32
+  assert (line['settings']['microbatches'], line['settings']['low_memory']) == (1, False)
   for name, result in line['results'].items():
     kept = {key: value for key, value in finished.results[name].items() if key != 'loss'}
     assert result == json.loads(json.dumps(kept))
 
 
+@pytest.fixture(scope='module')
+def quantized(tmp_path_factory):
+  """Both low-precision runs."""
+  return outcome_in(tmp_path_factory.mktemp('quantized'), '--runs', 'adamw-8bit', 'lion-8bit')
+
+
 @pytest.mark.parametrize('name', ['adamw-8bit', 'lion-8bit'])
-def test_a_low_precision_run_follows_its_float32_run(tmp_path, finished, name):
-  (result,) = outcome_in(tmp_path, '--runs', name).results.values()
-  fp32 = finished.results[name.replace('8bit', 'fp32')]
+def test_a_low_precision_run_follows_its_float32_run(finished, quantized, name):
+  result, fp32 = quantized.results[name], finished.results[name.replace('8bit', 'fp32')]
   assert result['validation_loss'] == pytest.approx(fp32['validation_loss'], rel=0.02)
   assert result['validation_loss'] != fp32['validation_loss']
 
@@ -307,11 +337,104 @@ def test_the_run_without_feedback_differs_in_its_step_alone():
   lowered, states = [], []
   for name in ('adamw-8bit', 'adamw-8bit-plain'):
     model, tx, *state = state_of(name, args, data)
-    step = train_char_lm.make_train_step(model, tx)
+    step = train_char_lm.make_train_step(name, model, tx, args)
     lowered.append(step.lower(*state, *train_char_lm.train_batch(data, args, 0)).as_text())
     states.append(state)
   assert jax.tree.leaves(states[0]) == jax.tree.leaves(states[1])
   assert lowered[0] != lowered[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Microbatches and low memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_microbatches_give_the_step_of_the_whole_batch():
+  data = datasets.text()
+  outcomes = []
+  for count in ('1', '4'):
+    args = train_char_lm.parse_args([*SMALL, '--microbatches', count])
+    model, tx = train_char_lm.make_model(data, args), train_char_lm.make_optimizer('adamw-fp32', args)
+    params, opt_state = train_char_lm.make_state('adamw-fp32', model, tx, args)
+    step = train_char_lm.make_train_step('adamw-fp32', model, tx, args)
+    losses = []
+    for microbatch in train_char_lm.train_microbatches(data, args, 0):
+      params, opt_state, loss = step(params, opt_state, *microbatch)
+      losses.append(float(loss))
+    outcomes.append((np.mean(losses), params, optax.tree.get(opt_state, 'mu')))
+  (loss, params, mu), (loss_of_parts, params_of_parts, mu_of_parts) = outcomes
+  assert loss_of_parts == pytest.approx(loss, rel=1e-6)
+
+  def compare(mu, mu_of_parts, p, p_of_parts):
+    # A tenth of the clipped gradient, of which no element exceeds 1: sums over 128 characters in another order.
+    np.testing.assert_allclose(mu_of_parts, mu, rtol=0, atol=1e-7)
+    # Adam's first step, of 2e-4 here, is the sign of a gradient that is larger than its own error and Adam's epsilon.
+    large = np.abs(mu) > 1e-4
+    np.testing.assert_allclose(p_of_parts[large], p[large], rtol=1e-6, atol=1e-9)
+    assert large.mean() > 0.1
+
+  jax.tree.map(compare, mu, mu_of_parts, params, params_of_parts)
+
+
+@pytest.fixture(
+  scope='module', params=[('adamw-8bit', 1), ('lion-8bit', 2)], ids=lambda param: '-'.join(map(str, param))
+)
+def low_memory(request, tmp_path_factory):
+  """Name and microbatches of a run with --low-memory, and how it ended."""
+  name, count = request.param
+  argv = ('--runs', name, '--low-memory', '--microbatches', str(count), '--results', 'lines.jsonl')
+  return name, count, outcome_in(tmp_path_factory.mktemp('low_memory'), *argv)
+
+
+def test_a_run_in_low_memory_follows_the_ordinary_run(low_memory, quantized):
+  name, _, outcome = low_memory
+  result, ordinary = outcome.results[name], quantized.results[name]
+  assert np.mean(result['loss'][-5:]) < 3.6
+  # The mean over microbatches, of the same weights on the same windows.
+  assert result['loss'][0] == pytest.approx(ordinary['loss'][0], rel=1e-6)
+  # As far as a low-precision run may be from its float32 run: gradients are rounded too, to about a hundredth.
+  assert result['validation_loss'] == pytest.approx(ordinary['validation_loss'], rel=0.02)
+  assert result['validation_loss'] != ordinary['validation_loss']
+
+
+def test_results_tell_how_gradients_were_accumulated(low_memory, quantized):
+  name, count, outcome = low_memory
+  (line,) = map(json.loads, (outcome.folder / 'lines.jsonl').read_text().splitlines())
+  assert line['settings']['low_memory'] is True
+  assert line['settings']['microbatches'] == count
+  result = line['results'][name]
+  # The accumulator: a byte and scales per parameter, but four bytes where the parameter is dense, as a quarter are.
+  accumulator = result['bytes_per_param'] - quantized.results[name]['bytes_per_param']
+  assert 1 < accumulator < 2
+  assert result['peak_bytes_per_param'] > result['bytes_per_param']
+
+
+def test_low_memory_takes_less_by_more_than_the_dense_weights():
+  # 1.6 million parameters, and 16 characters.
+  argv = ('--layers', '8', '--width', '128', '--context', '8', '--batch-size', '2')
+  data, peaks = datasets.text(), []
+  for flags in ((), ('--low-memory',)):
+    args = train_char_lm.parse_args([*argv, *flags])
+    model, tx, *state = state_of('lion-8bit', args, data)
+    step = train_char_lm.make_train_step('lion-8bit', model, tx, args)
+    compiled = step.lower(*state, *train_char_lm.train_batch(data, args, 0)).compile()
+    peaks.append(train_char_lm.peak_bytes(compiled) / lpmm.memory_report(*state).parameters)
+  ordinary, low = peaks
+  # Parameters and momentum, dense weights and gradients.
+  assert ordinary > 2 + 4 + 4
+  # The accumulator is one byte more; without it, neither weights nor gradients are there.
+  assert low < ordinary - 4
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_low_memory_leaves_a_float32_run_as_it_is(name):
+  data, lowered = datasets.text(), []
+  for flags in ((), ('--low-memory',)):
+    args = train_char_lm.parse_args([*SMALL, *flags])
+    model, tx, *state = state_of(name, args, data)
+    step = train_char_lm.make_train_step(name, model, tx, args)
+    lowered.append(step.lower(*state, *train_char_lm.train_batch(data, args, 0)).as_text())
+  assert lowered[0] == lowered[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,6 +452,9 @@ def test_the_run_without_feedback_differs_in_its_step_alone():
     ('--width 4 --heads 4', '--width 4 does not divide into 4 heads of even width'),
     ('--context 0', '--context must be at least 1, got 0'),
     ('--batch-size 0', '--batch-size must be at least 1, got 0'),
+    ('--microbatches 0', '--microbatches must be at least 1, got 0'),
+    ('--microbatches 3', '--batch-size 16 does not divide into 3 microbatches'),
+    ('--batch-size 2 --microbatches 4', '--batch-size 2 does not divide into 4 microbatches'),
     ('--steps 0', '--steps must be at least 1, got 0'),
     ('--seed 4294967296', '--seed must be from 0 to 2**32 - 1, got 4294967296'),
     ('--plot curves.txt', '--plot must end in .png, .pdf, .svg, got curves.txt'),

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import math
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import pytest
 import train_resnet
+
+import lpmm_optax as lpmm
 
 IMAGES = 7  # Per file of a synthetic CIFAR-10.
 FILES = (*datasets.CIFAR10_TRAIN, *datasets.CIFAR10_TEST)
@@ -382,70 +385,138 @@ def test_another_seed_gives_other_curves(main, uninterrupted):
 
 @pytest.mark.parametrize('formats', [name for name in train_resnet.RECIPES if name != 'int8'])
 def test_every_recipe_takes_the_steps_of_its_full_precision_run(main, uninterrupted, formats):
-  lpmm, fp32 = main('--formats', formats, '--steps', '8').values()
+  low, fp32 = main('--formats', formats, '--steps', '8').values()
   # Rounding moves the loss by a thousandth here, momentum in the other form by fifteen.
-  np.testing.assert_allclose(lpmm['loss'], fp32['loss'], rtol=5e-3)
-  assert lpmm['loss'] != fp32['loss']
+  np.testing.assert_allclose(low['loss'], fp32['loss'], rtol=5e-3)
+  assert low['loss'] != fp32['loss']
   same_form = train_resnet.RECIPES[formats].error_feedback
   assert (fp32['loss'] == uninterrupted['fp32']['loss'][:8]) == same_form
   less_than_int8 = {'paper': 0, 'int16': -1, 'bfloat16': -1, 'int4-momentum': 1}[formats]
-  assert np.sign(uninterrupted['lpmm']['bytes_per_param'] - lpmm['bytes_per_param']) == less_than_int8
-  assert lpmm['reduction'] == pytest.approx(1 - lpmm['bytes_per_param'] / 8)
+  assert np.sign(uninterrupted['lpmm']['bytes_per_param'] - low['bytes_per_param']) == less_than_int8
+  assert low['reduction'] == 1 - low['bytes_per_param'] / fp32['bytes_per_param']
 
 
 def test_the_recommended_recipe_takes_the_steps_of_full_precision(uninterrupted):
   np.testing.assert_allclose(uninterrupted['lpmm']['loss'][:8], uninterrupted['fp32']['loss'][:8], rtol=5e-3)
 
 
-def test_microbatches_cost_both_runs_a_float32_accumulator(main, uninterrupted):
-  results = main('--microbatches', '2', '--steps', '3')
-  for name, result in results.items():
-    assert np.isfinite(result['loss']).all()
-    assert result['bytes_per_param'] == uninterrupted[name]['bytes_per_param'] + 4
-    assert result['reduction'] == pytest.approx(1 - result['bytes_per_param'] / 12)
+# ---------------------------------------------------------------------------------------------------------------------
+# Microbatches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def standard_promotion():
+  """For `optax.MultiSteps`, of the full-precision run with microbatches, which divides floats by integer counts."""
+  return jax.numpy_dtype_promotion('standard')
+
+
+@pytest.fixture(scope='module', params=['int8', 'paper'])
+def in_microbatches(request, tmp_path_factory):
+  """The arguments of a run in two microbatches, and its results after twelve steps."""
+  argv = ('--formats', request.param, '--microbatches', '2')
+  with standard_promotion():
+    return argv, outcome_in(tmp_path_factory.mktemp('in_microbatches'), *argv, '--steps', '12').results
+
+
+def test_microbatches_take_the_steps_of_full_precision(in_microbatches):
+  low, fp32 = in_microbatches[1].values()
+  np.testing.assert_allclose(low['loss'][:8], fp32['loss'][:8], rtol=5e-3)
+  assert low['loss'] != fp32['loss']
 
 
 def test_two_equal_microbatches_step_as_one_of_them():
   # Where all microbatches are equal, so are their BatchNorm statistics and gradients, and hence those of the batch.
-  data = train_resnet.digits()._replace(shift=0)
-  half = data.train_images[:64], data.train_labels[:64]
-  batch = *(np.concatenate([x, x]) for x in half), np.int32(0)
+  # In the second step, momentum counts, and the learning rate has risen.
+  data = train_resnet.digits()
+  microbatches = [(data.train_images[i : i + 64], data.train_labels[i : i + 64]) for i in (0, 64)]
 
   def stepped(count):
     args = train_resnet.parse_args([*SMALL, '--microbatches', str(count)])
     model = train_resnet.ResNet(args.depth, args.width, data.classes)
     tx = train_resnet.make_optimizer('fp32', args, train_resnet.make_schedule(args, 10))
-    state = train_resnet.make_state('fp32', model, tx, data, args)
-    before = jax.device_get(state[0])
-    params, _, _, loss, accuracy = train_resnet.make_train_step(model, tx, data, args)(*state, *batch)
-    return jax.tree.map(np.subtract, jax.device_get(params), before), float(loss), float(accuracy)
+    params, opt_state, batch_stats = train_resnet.make_state('fp32', model, tx, data, args)
+    train_step = train_resnet.make_train_step(model, tx, data)
+    seen = [jax.device_get(params)]
+    for images, labels in microbatches:
+      for _ in range(count):
+        params, opt_state, batch_stats, *_ = train_step(params, opt_state, batch_stats, images, labels)
+      seen.append(jax.device_get(params))
+    return [jax.tree.map(np.subtract, after, before) for before, after in itertools.pairwise(seen)]
 
-  (whole, loss, accuracy), (split, split_loss, split_accuracy) = stepped(1), stepped(2)
+  with standard_promotion():
+    whole, split = stepped(1), stepped(2)
   # Sums of float32 in another order, through eight layers and back.
-  assert split_loss == pytest.approx(loss, rel=1e-5)
-  assert split_accuracy == accuracy
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-3 * np.abs(b).max())
   jax.tree.map(close, split, whole)
 
 
-def bytes_per_param_of(*argv):
+def test_microbatches_are_the_parts_of_the_batch_in_order():
+  data = train_resnet.digits()
+  batch = data.train_images[:12], data.train_labels[:12], np.int32(5)
+  split_in = lambda count: train_resnet.make_microbatches(
+    data, train_resnet.parse_args(['--batch-size', '12', '--microbatches', str(count)])
+  )(*batch)
+  ((images, labels),) = split_in(1)
+  np.testing.assert_array_equal(labels, batch[1])
+  parts = split_in(3)
+  assert [len(part) for part, _ in parts] == [4, 4, 4]
+  np.testing.assert_array_equal(np.concatenate([part for part, _ in parts]), images)
+  np.testing.assert_array_equal(np.concatenate([part for _, part in parts]), labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def memory_of(name, *argv):
+  """The report on a run's state, from shapes alone."""
   args = train_resnet.parse_args([*argv])
   data = train_resnet.digits()
   model = train_resnet.ResNet(args.depth, args.width, data.classes)
-  tx = train_resnet.make_optimizer('lpmm', args, train_resnet.make_schedule(args, 10))
-  params, opt_state, _ = jax.eval_shape(lambda: train_resnet.make_state('lpmm', model, tx, data, args))
-  bytes_per_param = train_resnet.model_bytes_per_param(params, opt_state, args)
-  return bytes_per_param, 1 - bytes_per_param / train_resnet.fp32_bytes_per_param(args)
+  tx = train_resnet.make_optimizer(name, args, train_resnet.make_schedule(args, 10))
+  params, opt_state, _ = jax.eval_shape(lambda: train_resnet.make_state(name, model, tx, data, args))
+  return lpmm.memory_report(params, opt_state)
 
 
-def test_the_default_network_saves_what_a_large_one_does(uninterrupted):
-  # Two bytes and the scales, of all but the small arrays.
-  bytes_per_param, reduction = bytes_per_param_of()
-  assert bytes_per_param < 2.3
-  assert reduction > 0.7
-  # The figures here, of shapes alone, are those that a run reports.
-  small = uninterrupted['lpmm']
-  assert bytes_per_param_of(*SMALL) == (small['bytes_per_param'], small['reduction'])
+@pytest.mark.parametrize(
+  ('run', 'formats', 'whole', 'split'),
+  [
+    ('lpmm', 'int8', 2.08, 2.08),
+    ('lpmm', 'paper', 2.08, 3.11),
+    ('fp32', 'int8', 8.00, 12.00),
+  ],
+)
+def test_bytes_per_parameter_of_the_default_network(run, formats, whole, split):
+  figure = lambda count: round(memory_of(run, '--formats', formats, '--microbatches', count).bytes_per_param, 2)
+  assert (figure('1'), figure('4')) == (whole, split)
+
+
+@pytest.mark.parametrize('formats', train_resnet.RECIPES)
+def test_microbatches_take_no_accumulator_with_error_feedback_and_one_of_8_bits_without(formats):
+  whole, split = (memory_of('lpmm', '--formats', formats, '--microbatches', count) for count in '14')
+  accumulator = {}
+  if not train_resnet.RECIPES[formats].error_feedback:
+    accumulator['acc_grads'] = memory_of('lpmm', '--formats', 'paper').groups['trace']
+  assert split.groups == whole.groups | accumulator
+  # Two counts and a key.
+  assert split.other_bytes == whole.other_bytes + 4 + 4 + 8
+
+
+def test_microbatches_take_full_precision_a_float32_accumulator():
+  whole, split = (memory_of('fp32', '--microbatches', count) for count in '14')
+  array = 4 * whole.parameters
+  assert whole.groups == {'params': array, 'trace': array}
+  assert split.groups == {'params': array, 'trace': array, 'acc_grads': array}
+  # Two counts.
+  assert split.other_bytes == whole.other_bytes + 4 + 4
+
+
+def test_a_run_reports_the_bytes_of_its_state(uninterrupted, in_microbatches):
+  for argv, results in (((), uninterrupted), in_microbatches):
+    for name, result in results.items():
+      assert result['bytes_per_param'] == memory_of(name, *SMALL, *argv).bytes_per_param
+      assert result['reduction'] == 1 - result['bytes_per_param'] / results['fp32']['bytes_per_param']
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,6 +533,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(main, stopped, uninterrupted,
     epochs.clear()
     assert curves(main('--checkpoint-dir', 'checkpoints')) == curves(uninterrupted)
     assert epochs == begun
+
+
+def test_a_run_with_microbatches_resumes_bit_for_bit(main, in_microbatches, epochs):
+  argv, expected = in_microbatches
+  argv = (*argv, '--checkpoint-dir', 'checkpoints')
+  with standard_promotion():
+    main(*argv, '--steps', '10')
+    assert epochs == [0, 0]
+    # From the checkpoint after ten.
+    assert curves(main(*argv, '--steps', '12')) == curves(expected)
+  assert epochs == [0, 0, 1, 1]
 
 
 def test_checkpoints_of_other_settings_are_refused_before_anything_trains(main, stopped, epochs):
