@@ -204,6 +204,7 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Characters, int32[batch, length], to logits of the next ones, float32[batch, length, vocabulary]."""
+    # Each module decodes its own parameters when it is called, a layer in the body of the scan; init gives dense ones.
     decoding = partial(
       nn.map_variables, mapped_collections='params', trans_in_fn=lpmm.dequantize, init=self.is_initializing()
     )

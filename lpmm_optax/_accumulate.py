@@ -63,7 +63,8 @@ def accumulate_leaf(
   def bits(coordinates):
     if not quantized or target.format.rounding == 'nearest':
       return None
-    leading = [jnp.asarray(x, jnp.uint32).reshape((1,) * len(cells.view_shape(cells.shape, cells.sizes))) for x in start]
+    ones = (1,) * len(cells.view_shape(cells.shape, cells.sizes))
+    leading = [jnp.asarray(x, jnp.uint32).reshape(ones) for x in start]
     own = [cells.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
     return _random.random_bits(word, _random.element_index(static.shape, [*leading, *own]))
 
@@ -82,7 +83,5 @@ def accumulate_leaf(
     return result
 
   stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
-  arrays = _tiles.update_in_place(
-    stages, tiling, zero, gradient.recent, _array.stored(target), fused=not quantized
-  )
+  arrays = _tiles.update_in_place(stages, tiling, zero, gradient.recent, _array.stored(target), fused=not quantized)
   return _array.with_stored(target, arrays)

@@ -72,7 +72,8 @@ class Sink:
     # A slice along another axis may have the shape of one along a leading axis, but not its rows.
     is_slice = jnp.all(rows.reshape(-1) == first + lax.iota(jnp.int32, rows.size)) & (first % rows.size == 0)
     weight = jnp.where(is_slice, jnp.ones(()) if dynamic['weight'] is None else dynamic['weight'], jnp.nan)
-    number, start = first // rows.size, []
+    number = first // rows.size
+    start: list[jax.Array] = []
     for n in reversed(shape[:axes]):
       start.insert(0, number % n)
       number = number // n
@@ -93,8 +94,8 @@ class Sink:
     jax.tree.map(write, dynamic['target'], whole, new)
 
 
-# A `jax.Ref` could be indexed itself, but not on an explicit mesh. Compiled, it is the same: a Ref is an array again then,
-# and updated in place.
+# A `jax.Ref` could be indexed itself, but not on an explicit mesh. Compiled, it is the same: a Ref is an array again by
+# then, and updated in place.
 def _slice(x: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
   for index in start:
     x = lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
@@ -135,7 +136,8 @@ class TrackedArray(_array.QuantizedArray):
       return stored.dense(dtype), (dynamic, rows)
 
     def backward(saved, cotangent):
-      sink.add(*saved, cotangent)
+      dynamic, rows = saved
+      sink.add(dynamic, rows, cotangent)
       return jnp.zeros(()), None, None, None
 
     read.defvjp(forward, backward)
@@ -216,7 +218,7 @@ def value_and_step(
   microbatches = tx.microbatches
   if microbatches.should_skip is not None:
     raise ValueError(
-      "value_and_step cannot skip a microbatch: should_skip_update_fn must see all of its gradient, which never exists "
+      'value_and_step cannot skip a microbatch: should_skip_update_fn must see all of its gradient, which never exists '
       'at once; use jax.value_and_grad and lpmm_optax.step'
     )
 

@@ -6,7 +6,6 @@ the graph is cut into one elementwise program per leaf and the rest, the *outer*
 norms of gradients, and whole leaves where the update is not elementwise.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
@@ -309,8 +308,9 @@ def _owners(
   return owners, stored
 
 
-def _boundary(graph: _program.Graph, wanted: Sequence[int], inside: Callable[[int], bool]) -> list[int]:
-  """The values outside, but for literals, from which those inside that are needed are computed."""
+def _boundary(graph: _program.Graph, wanted: Sequence[int], owners: Sequence[int | None], leaf: int) -> list[int]:
+  """What a leaf's own values, those that depend on it elementwise, are computed from besides; but for literals."""
+  inside = lambda value: owners[value] == leaf
   boundary = [value for op in graph.slice(wanted, lambda v: not inside(v)) for value in op.inputs if not inside(value)]
   boundary += [value for value in wanted if not inside(value)]
   return [v for v in dict.fromkeys(boundary) if not graph.is_literal(v)]
@@ -325,7 +325,7 @@ def _find_reductions(
     (result, *_) = op.outputs
     if leaf is None or stored[op.inputs[0]] or graph.shape(result):
       continue
-    scalars = tuple(_boundary(graph, op.inputs, lambda v, leaf=leaf: owners[v] == leaf))
+    scalars = tuple(_boundary(graph, op.inputs, owners, leaf))
     if all(graph.uniform[v] for v in scalars):
       program = _program.cut(graph, [of['gradient', leaf], *scalars], op.inputs)
       found[result] = Reduction(op.name, leaf, program, scalars)
@@ -341,8 +341,7 @@ def _plan_leaf(
   owners: list[int | None],
   stored: list[bool],
 ) -> LeafPlan:
-  inside = lambda value: owners[value] == leaf
-  boundary = _boundary(graph, wanted, inside)
+  boundary = _boundary(graph, wanted, owners, leaf)
   shape = graph.shape(arguments[0])
   fits = lambda v: owners[v] is None and not stored[v] and (graph.uniform[v] or graph.shape(v) == shape)
   misfit = next((value for value in boundary if not fits(value)), None)

@@ -125,7 +125,7 @@ class Microbatches:
     for i, target in found.items():
       shape = structure.templates[i].shape
       if getattr(target, 'shape', None) != shape:
-        raise ValueError(f'{structure.paths[i]}: the parameter has shape {shape}, what accumulates for it is {target!r}')
+        raise ValueError(f'{structure.paths[i]}: the parameter has shape {shape}, its accumulator is {target!r}')
     return found
 
   def with_targets(self, structure: _inner.Params, state: MultiStepsState, targets: dict[int, Any]) -> MultiStepsState:
@@ -258,7 +258,8 @@ class Microbatches:
 
   def _advance(self, gradients, params, state, advance, wait):
     structure, _ = _inner.flatten(params)
-    recent = {i: gradient.recent for i, gradient in _gradient.flatten(structure, gradients).items()}
+    gradients = _gradient.dense(gradients, params)
+    recent: dict[int, Any] = {i: gradient.recent for i, gradient in _gradient.flatten(structure, gradients).items()}
     last, more = self.is_last(state), ~self.is_last(state)
     if self.should_skip is not None:
       skip, skip_state = self.should_skip(gradients, state.gradient_step, params)
@@ -272,8 +273,8 @@ class Microbatches:
 
     # Two conditionals, and in both the branch that changes something comes first: else XLA copies what is changed.
     targets = lax.cond(more, accumulate, lambda targets: targets, self.targets(structure, state))
-    gradients = self.summed(structure, self.with_targets(structure, state, targets), recent)
     state = self.with_targets(structure, state, targets)
+    gradients = self.summed(structure, state, recent)
     state = state._replace(mini_step=jnp.where(more, optax.safe_increment(state.mini_step), state.mini_step))
     return self.take_step(functools.partial(advance, gradients), wait, last, params, state)
 

@@ -1,6 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 from typing import NamedTuple
 
@@ -79,9 +80,7 @@ def _decayed(
     decay = jnp.where(frozen, 1.0, momentum)
     like = lambda scalar, x: jnp.asarray(scalar, x.dtype)
     # The gradients come multiplied by `enters` already; the decay of the weights does not.
-    total = jax.tree.map(
-      lambda g, w, u: u + g + like(enters * weight_decay, u) * w, updates, params, state.trace
-    )
+    total = jax.tree.map(lambda g, w, u: u + g + like(enters * weight_decay, u) * w, updates, params, state.trace)
     delta = jax.tree.map(lambda m: -like(moves, m) * m, total)
     trace = jax.tree.map(lambda m: like(decay, m) * m, total)
     return delta, VelocityState(optax.safe_increment(state.count), trace)
@@ -90,16 +89,16 @@ def _decayed(
 
 
 def _into_momentum(
-  learning_rate: optax.ScalarOrSchedule, momentum: Any, weight_decay: Any, error_feedback: bool, **settings: Any
+  learning_rate: optax.ScalarOrSchedule, momentum: Any, weight_decay: Any, error_feedback: bool, transform: Callable
 ) -> _transform.IntoMomentum:
-  """`sgdm` for `MultiSteps` with `INTO_MOMENTUM`."""
+  """`sgdm` for `MultiSteps` with `INTO_MOMENTUM`, of what makes an inner transformation low-precision."""
   feedback = None
   if error_feedback:
     # The correction of `_velocity_feedback`, times the decay that what is stored has been through.
     feedback = _velocity_feedback(lambda: jnp.asarray(momentum, float) - 1)
   inner = _decayed(learning_rate, momentum, weight_decay, error_feedback)
   weight = lambda step: _hyperparams.current(learning_rate, step) if error_feedback else jnp.ones(())
-  return _transform.IntoMomentum(_transform.transform(inner, feedback=feedback, **settings), 'trace', weight)
+  return _transform.IntoMomentum(transform(inner, feedback=feedback), 'trace', weight)
 
 
 def sgdm(
@@ -198,8 +197,8 @@ def sgdm(
       inner.append(optax.trace(momentum, nesterov))
     inner.append(optax.scale_by_learning_rate(learning_rate))
   feedback = _velocity_feedback(lambda: 1 - 1 / jnp.asarray(momentum, float)) if error_feedback else None
-  settings = {'name': 'sgdm', 'formats': formats, 'key': key, 'tile_size': tile_size}
+  transform = functools.partial(_transform.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size)
   into_momentum = None
   if has_trace and not nesterov:
-    into_momentum = _into_momentum(learning_rate, momentum, weight_decay, error_feedback, **settings)
-  return _transform.transform(optax.chain(*inner), feedback=feedback, into_momentum=into_momentum, **settings)
+    into_momentum = _into_momentum(learning_rate, momentum, weight_decay, error_feedback, transform)
+  return transform(optax.chain(*inner), feedback=feedback, into_momentum=into_momentum)

@@ -71,18 +71,18 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize('use_step', [False, True], ids=['update', 'step'])
-@pytest.mark.parametrize('use_grad_mean', [True, False], ids=['mean', 'sum'])
-@pytest.mark.parametrize('every_k', [1, 3, every_other], ids=['1', '3', 'schedule'])
+@pytest.mark.parametrize(
+  ('every_k', 'use_grad_mean', 'use_step'),
+  [(1, True, True), (3, True, False), (3, False, True), (every_other, True, True)],
+  ids=['1', '3', '3, sum', 'schedule'],
+)
 @pytest.mark.parametrize('inner', INNERS)
 def test_dense_accumulation_is_that_of_optax_after_every_microbatch(inner, every_k, use_grad_mean, use_step):
   theirs, ours = (make() for make in INNERS[inner])
   grads = gradients(7)
   expected = train(optax.MultiSteps(theirs, every_k, use_grad_mean), runs.tree(), grads)
   tx = lpmm.MultiSteps(ours, every_k, use_grad_mean, accumulator=None)
-  for (params, state), (wanted, wanted_state) in zip(
-    train(tx, runs.tree(), grads, use_step), expected, strict=True
-  ):
+  for (params, state), (wanted, wanted_state) in zip(train(tx, runs.tree(), grads, use_step), expected, strict=True):
     assert_close(params, wanted)
     assert_close(state.acc_grads, wanted_state.acc_grads)
     assert int(state.mini_step) == int(wanted_state.mini_step)
@@ -367,7 +367,7 @@ def test_a_chain_around_multi_steps_transforms_the_gradient_of_each_microbatch()
 def test_a_checkpoint_between_microbatches_resumes_bit_for_bit(name, tmp_path):
   tx, params, grads = TXS[name](), lpmm.quantize(runs.tree(), lpmm.INT8), gradients(2 * K)
   expected = train(tx, params, grads)[-1]
-  stopped = train(tx, params, grads[:K + 2])[-1]
+  stopped = train(tx, params, grads[: K + 2])[-1]
   blank = (params, tx.init(params))
   as_bytes = serialization.from_bytes(blank, serialization.to_bytes(stopped))
   with ocp.StandardCheckpointer() as checkpointer:
@@ -438,7 +438,7 @@ def test_mistakes_are_named():
   with pytest.raises(ValueError, match=r'kernel: the gradient has shape \(2,\), the parameter \(64, 96\)'):
     tx.update(params | {'kernel': jnp.ones(2)}, state, params)
   other = params | {'kernel': jnp.ones((96, 64))}
-  with pytest.raises(ValueError, match=r'kernel: the parameter has shape \(96, 64\), what accumulates for it'):
+  with pytest.raises(ValueError, match=r'kernel: the parameter has shape \(96, 64\), its accumulator is'):
     tx.update(other, state, other)
   with pytest.raises(ValueError, match='an accumulator that it did not create for these parameters'):
     tx.update(params | {'more': jnp.ones(2)}, state, params | {'more': jnp.ones(2)})
