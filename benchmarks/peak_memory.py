@@ -587,11 +587,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     name, type=int, default=default, **how, help='(default %(default)s)'
   )
   transformer = parser.add_argument_group('transformer')
-  for_model(transformer, '--layers', 40)
+  for_model(transformer, '--layers', 64)
   for_model(transformer, '--width', 512)
   for_model(transformer, '--heads', 8)
   for_model(transformer, '--context', 128)
-  for_model(transformer, '--batch-size', 4)
+  for_model(transformer, '--batch-size', 2)
   resnet = parser.add_argument_group('resnet50')
   for_model(resnet, '--stem-width', 64)
   for_model(resnet, '--blocks', [3, 4, 6, 3], nargs='+')

@@ -60,8 +60,8 @@ class Sink:
       )
     if self.block_axis is not None and self.block_axis < axes:
       raise ValueError(
-        f'{self.path}: blocks of its accumulator run along axis {self.block_axis} of {whole}, which a slice of shape '
-        f'{shape} cuts; dequantize it first, and slice the result'
+        f'{self.path}: blocks of what accumulates for it run along axis {self.block_axis} of {whole}, which a slice of '
+        f'shape {shape} cuts; give that a Format with block_size={whole[-1]}, for blocks along the last axis'
       )
 
   def add(self, dynamic: dict[str, Any], rows: jax.Array, gradient: jax.Array) -> None:

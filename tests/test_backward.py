@@ -316,6 +316,17 @@ def test_a_slice_that_cannot_be_added_to_is_refused():
     lean(narrow, tx)(params, tx.init(params), X)
 
 
+def test_blocks_that_a_slice_would_cut_are_refused_and_smaller_ones_taken():
+  params = quantized(jnp.ones((64, 32, 32)))
+  loss = lambda params, x: jnp.sum(lpmm.dequantize(jax.tree.map(lambda a: a[3], params))) + jnp.sum(x)
+  tx = TXS['sgdm']()
+  with pytest.raises(ValueError, match=r'run along axis 0 of .*, which .* Format with block_size=32'):
+    lean(loss, tx)(params, tx.init(params), X)
+  tx = lpmm.MultiSteps(lpmm.sgdm(0.1), 2, accumulator=lpmm.Format(block_size=32))
+  _, _, state = lean(loss, tx)(params, tx.init(params), X)
+  np.testing.assert_array_equal(lpmm.dequantize(state.acc_grads)[3], jnp.full((32, 32), 0.5))
+
+
 def test_a_slice_of_another_axis_that_looks_like_one_of_the_first_is_poisoned():
   params, tx = {'w': quantized(jnp.ones((64, 64, 128)))}, TXS['sgdm']()
   first = lambda params, x: jnp.sum(lpmm.dequantize(jax.tree.map(lambda a: a[3], params['w']))) + jnp.sum(x)
