@@ -299,8 +299,9 @@ class MultiSteps(_transform.InPlaceTransformation):
     m = u + g_k / k, \quad w \leftarrow Q(w - \eta m), \quad u \leftarrow \beta m
 
   (with `sgdm`'s error feedback, in velocity form). The state field 'trace' then is u, the momentum with its decay
-  already applied. With 8-bit momentum and gradient noise of variance :math:`s^2`, it adds about 1 % of :math:`s^2` to
-  the noise of a step at :math:`\beta = 0.9`, for the grid of the momentum is wider than that of a gradient.
+  already applied. The grid of a momentum is wider than that of a gradient: to gradients whose means over a step have
+  noise of variance :math:`s^2`, 8-bit momentum adds :math:`k (2.9 / 127)^2 / (6 (1 - \beta^2))` of :math:`s^2`, as a
+  block of 128 reaches 2.9 standard deviations; with 8 microbatches 0.4 % at :math:`\beta = 0.9`, 3.5 % at 0.99.
 
   The result is a gradient transformation as it stands: it has `init`, `update` and the in-place `step`, so
   `lpmm_optax.step`, `TrainState` and `nnx.Optimizer` take it, and `lpmm_optax.value_and_step` accumulates during the
