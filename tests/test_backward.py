@@ -324,7 +324,8 @@ def test_blocks_that_a_slice_would_cut_are_refused_and_smaller_ones_taken():
     lean(loss, tx)(params, tx.init(params), X)
   tx = lpmm.MultiSteps(lpmm.sgdm(0.1), 2, accumulator=lpmm.Format(block_size=32))
   _, _, state = lean(loss, tx)(params, tx.init(params), X)
-  np.testing.assert_array_equal(lpmm.dequantize(state.acc_grads)[3], jnp.full((32, 32), 0.5))
+  # To within a grid step.
+  np.testing.assert_allclose(lpmm.dequantize(state.acc_grads)[3], jnp.full((32, 32), 0.5), atol=0.5 / 126)
 
 
 def test_a_slice_of_another_axis_that_looks_like_one_of_the_first_is_poisoned():
