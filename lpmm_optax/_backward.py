@@ -9,6 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -146,18 +147,8 @@ class TrackedArray(_array.QuantizedArray):
 
 def _track(leaf: _array.QuantizedArray, sink: Sink) -> TrackedArray:
   outer = leaf.shape[:-1]
-  rows = sum(
-    (lax.broadcasted_iota(jnp.int32, outer, d) * jnp.int32(stride) for d, stride in enumerate(_strides(outer))),
-    jnp.zeros(outer, jnp.int32),
-  )
+  rows = lax.iota(jnp.int32, math.prod(outer)).reshape(outer)
   return TrackedArray(leaf.codes, leaf.scales, leaf.format, leaf.dtype, rows, sink)
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-  out = [1] * len(shape)
-  for d in range(len(shape) - 1, 0, -1):
-    out[d - 1] = out[d] * shape[d]
-  return out
 
 
 def value_and_step(
