@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import optax
 
@@ -26,9 +25,6 @@ from lpmm_optax import _inner
 from lpmm_optax import _multi_steps
 from lpmm_optax import _sharding
 from lpmm_optax import _step
-
-# The values that the backward pass computes again rather than keep.
-_WEIGHTS = 'lpmm_optax.weights'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,7 +138,7 @@ class TrackedArray(_array.QuantizedArray):
       return jnp.zeros(()), None, None, None
 
     read.defvjp(forward, backward)
-    return checkpoint_name(read(sink.anchor, sink.dynamic, stored, self.rows), _WEIGHTS)
+    return read(sink.anchor, sink.dynamic, stored, self.rows)
 
 
 def _track(leaf: _array.QuantizedArray, sink: Sink) -> TrackedArray:
@@ -159,9 +155,10 @@ def value_and_step(
   Where ``jax.value_and_grad(fun)(params, *args)`` gives a value and gradients, this gives the value, and parameters and
   optimizer state after the microbatch. `fun` gets the quantized parameters as they are, and calls `dequantize` on each
   where it is used: in the body of the scan over layers, in the layer's function, or, in Flax, through
-  ``nn.map_variables(Layer, 'params', lpmm_optax.dequantize)``. In the backward pass each layer's weights are decoded
-  again, and its gradient is added to the accumulator or the momentum at once. So neither a tree of dense weights nor
-  one of gradients exists; activations are kept, or computed again, as `fun` has it.
+  ``nn.map_variables(Layer, 'params', lpmm_optax.dequantize)``. In the backward pass each layer's gradient is added to
+  the accumulator or the momentum at once, so no tree of gradients exists. Nor does one of dense weights, if layers
+  dequantize theirs inside of `jax.checkpoint`, which decodes them again; else they are kept for the backward pass, as
+  activations are.
 
   A parameter may be used any number of times (tied embeddings), under `jax.checkpoint`, in `lax.scan` and its like, and
   indexed along leading axes (``p[i]``). It may not be used under `jax.vmap`. Leaves that are dense, or whose
