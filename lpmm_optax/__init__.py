@@ -9,6 +9,7 @@ from lpmm_optax._array import dequantize
 from lpmm_optax._array import is_quantized
 from lpmm_optax._array import quantize
 from lpmm_optax._backward import value_and_step
+from lpmm_optax._convert import convert
 from lpmm_optax._format import BFLOAT16
 from lpmm_optax._format import INT4
 from lpmm_optax._format import INT8
@@ -52,6 +53,7 @@ __all__ = [
   'adamw',
   'apply_if_finite',
   'chain',
+  'convert',
   'dequantize',
   'is_quantized',
   'lion',

@@ -21,14 +21,16 @@ from lpmm_optax._format import Format
 Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]]
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
   """An array stored as integer codes and block scales.
 
   For a linear grid `dequantize(x)[..., i] == codes[..., i] * scale[..., i // block]`, where the scale's bfloat16 value
   is kept as its bit pattern. Axis and block size follow from the two shapes. The children are plain integer arrays, so
-  `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the codes' range.
+  `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the codes' range. Their
+  keys say how they are stored ('kernel/int8', 'kernel/scales_of_64'), and so does whatever saves a tree by its keys: it
+  cannot be read as anything else.
 
   Attributes:
     codes: integers of the array's own shape.
@@ -39,8 +41,22 @@ class QuantizedArray:
 
   codes: jax.Array
   scales: jax.Array | None
-  format: Format = dataclasses.field(metadata={'static': True})
-  dtype: Any = dataclasses.field(metadata={'static': True})
+  format: Format
+  dtype: Any
+
+  def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Format, Any]]:
+    """Children and static data."""
+    return (self.codes, self.scales), (self.format, self.dtype)
+
+  def tree_flatten_with_keys(self) -> tuple[Any, tuple[Format, Any]]:
+    """The same, with the keys of the children."""
+    keys = map(jax.tree_util.GetAttrKey, self.format.storage)
+    return tuple(zip(keys, (self.codes, self.scales), strict=True)), (self.format, self.dtype)
+
+  @classmethod
+  def tree_unflatten(cls, static: tuple[Format, Any], children: tuple[Any, Any]) -> 'QuantizedArray':
+    """The reverse; the children may be anything."""
+    return cls(*children, *static)
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -6,18 +6,33 @@ from typing import Any
 from flax import nnx
 from flax import serialization
 
+import lpmm_optax
 from lpmm_optax._array import QuantizedArray
 from lpmm_optax._array import register_wrapper
 
+_VERSION = 'lpmm_optax'  # That wrote it; beside codes and scales, whose names are those of their storage.
+
 
 def _to_state_dict(x: QuantizedArray) -> dict[str, Any]:
-  return {'codes': x.codes} | ({} if x.scales is None else {'scales': x.scales})
+  arrays = zip(x.format.storage, (x.codes, x.scales), strict=True)
+  return {name: array for name, array in arrays if array is not None} | {_VERSION: lpmm_optax.__version__}
 
 
 def _from_state_dict(x: QuantizedArray, state: dict[str, Any]) -> QuantizedArray:
-  if set(state) != set(_to_state_dict(x)):
-    raise ValueError(f'{x!r} cannot be restored from fields {sorted(state)}')
-  return dataclasses.replace(x, **state)
+  where = serialization.current_path().removeprefix('./') or '<root>'
+  stored = {name: array for name, array in state.items() if name != _VERSION} if isinstance(state, dict) else None
+  wanted = {name: array.shape for name, array in _to_state_dict(x).items() if name != _VERSION}
+  if stored is None or set(stored) != set(wanted):
+    found = 'a dense array' if stored is None else f'{", ".join(stored)}, written by lpmm_optax {state.get(_VERSION)}'
+    raise ValueError(
+      f'{where}: saved as {found}, and to be restored as {", ".join(wanted)}; restore it as it is, then use '
+      'lpmm_optax.convert'
+    )
+  for name, shape in wanted.items():
+    if stored[name].shape != shape:
+      raise ValueError(f'{where}/{name}: saved with shape {stored[name].shape}, and to be restored with {shape}')
+  codes, scales = x.format.storage
+  return dataclasses.replace(x, codes=stored[codes], scales=stored.get(scales))
 
 
 serialization.register_serialization_state(QuantizedArray, _to_state_dict, _from_state_dict)

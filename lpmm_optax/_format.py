@@ -100,6 +100,14 @@ class Format:
     """
     return min(22, 29 - (self.bits - self.signed))
 
+  @property
+  def storage(self) -> tuple[str, str]:
+    """Names of codes and scales in what is saved: all that one must know to read them, which is not the rounding."""
+    if not self.has_scales:
+      return 'bfloat16', 'no_scales'
+    codes = f'{"" if self.signed else "u"}int{self.bits}{"_sqrt" if self.grid == "sqrt" else ""}'
+    return codes, f'scales_of_{self.block_size}'
+
   def with_block_size(self, default: int) -> 'Format':
     """This format with an unset block size replaced by `default`."""
     if self.block_size is None and self.has_scales:
@@ -107,11 +115,7 @@ class Format:
     return self
 
   def __str__(self) -> str:
-    if not self.has_scales:
-      name = 'bfloat16'
-    else:
-      name = f'{"" if self.signed else "u"}int{self.bits}{"_sqrt" if self.grid == "sqrt" else ""}'
-    return name + ('' if self.rounding == 'stochastic' else '_nearest')
+    return self.storage[0] + ('' if self.rounding == 'stochastic' else '_nearest')
 
 
 INT4 = Format(bits=4)

@@ -52,7 +52,7 @@ def slot_words(key: jax.Array, counts: Sequence[jax.Array], paths: list[str], sl
   return jax.vmap(words)(jnp.asarray(hashes, jnp.uint32))
 
 
-def random_bits(word: jax.Array, index: tuple[jax.Array, jax.Array]) -> jax.Array:
+def random_bits(word: jax.Array | tuple[jax.Array, jax.Array], index: tuple[jax.Array, jax.Array]) -> jax.Array:
   """32 random bits per element.
 
   The two multiply-xorshift rounds and their constants are "lowbias32" of C. Wellons' hash-prospector, which was
@@ -60,7 +60,7 @@ def random_bits(word: jax.Array, index: tuple[jax.Array, jax.Array]) -> jax.Arra
   sequence.
 
   Args:
-    word: uint32[2], one slot's word.
+    word: uint32[2], one slot's word, or its two halves; elements may have one each.
     index: the element's position, (low, high) uint32 arrays that broadcast against each other.
 
   Returns:

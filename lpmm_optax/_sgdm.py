@@ -31,6 +31,20 @@ class VelocityState(NamedTuple):
   trace: Any
 
 
+class DecayedMomentumState(NamedTuple):
+  """State of `_decayed`: steps taken, int32[], and momentum times its decay, a tree like the parameters."""
+
+  count: jax.Array  # type: ignore[assignment]
+  trace: Any
+
+
+class DecayedVelocityState(NamedTuple):
+  """The same of a velocity."""
+
+  count: jax.Array  # type: ignore[assignment]
+  trace: Any
+
+
 def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.GradientTransformation:
   """v <- b v + lr g, w <- w - v; a learning rate of zero leaves both as they are."""
 
@@ -69,8 +83,10 @@ def _decayed(
   m = u + g, the parameters move by it, and :math:`\beta m` is stored. As a velocity, gradients count times the rate.
   """
 
+  new_state = DecayedVelocityState if is_velocity else DecayedMomentumState
+
   def init(params):
-    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    return new_state(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
   def update(updates, state, params):
     rate = _hyperparams.current(learning_rate, state.count)
@@ -83,7 +99,7 @@ def _decayed(
     total = jax.tree.map(lambda g, w, u: u + g + like(enters * weight_decay, u) * w, updates, params, state.trace)
     delta = jax.tree.map(lambda m: -like(moves, m) * m, total)
     trace = jax.tree.map(lambda m: like(decay, m) * m, total)
-    return delta, VelocityState(optax.safe_increment(state.count), trace)
+    return delta, new_state(optax.safe_increment(state.count), trace)
 
   return optax.GradientTransformation(init, update)
 
