@@ -14,6 +14,7 @@ layer's weights are decoded where it uses them: neither weights nor gradients ev
 """
 
 import argparse
+import contextlib
 import dataclasses
 from functools import partial
 import json
@@ -25,6 +26,8 @@ import time
 from typing import Any
 from typing import NamedTuple
 
+from checkpoints import Checkpoints
+from checkpoints import open_checkpoints
 from datasets import Text
 from datasets import text
 import flax.linen as nn
@@ -105,6 +108,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--weight-decay', type=float, default=0.1, help='of AdamW, on matrices (default %(default)s)')
   add('--seed', type=int, default=0)
   add('--plot', type=Path, default=Path('out/train_char_lm.png'), metavar='FILE', help='(default %(default)s)')
+  add('--checkpoint-dir', type=Path, metavar='DIR', help='save all runs at every validation there, and resume from it')
   add('--results', type=Path, metavar='FILE', help='append settings and results of all runs there, a line of JSON')
   args = parser.parse_args(argv)
 
@@ -352,21 +356,35 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
   return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
-def run(name: str, args: argparse.Namespace, data: Text, progress: Progress) -> dict[str, Any]:
-  """Trains the model as RUNS has it under that name."""
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+  """What must not change between a checkpoint and the run that resumes from it."""
+  wanted = {
+    name: value for name, value in vars(args).items() if name not in ('runs', 'checkpoint_dir', 'plot', 'results')
+  }
+  return wanted | {'text': args.text and str(args.text)}
+
+
+def run(
+  name: str, args: argparse.Namespace, data: Text, checkpoints: Checkpoints | None, progress: Progress
+) -> dict[str, Any]:
+  """Trains the model as RUNS has it under that name, from a checkpoint if there is one."""
   bar = progress.add_task(name, total=args.steps, status='compiling')
 
   model = make_model(data, args)
   tx = make_optimizer(name, args)
-  params, opt_state = make_state(name, model, tx, args)
+  state = make_state(name, model, tx, args)
+  history, start_step = History(), 0
+  if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
+    start_step, state, seen = restored
+    history = History(**seen)
+  params, opt_state = state
   report = lpmm.memory_report(params, opt_state)
   train_step = make_train_step(name, model, tx, args)
   # The first step finds the program compiled here.
   peak = peak_bytes(train_step.lower(params, opt_state, *train_microbatches(data, args, 0)[0]).compile())
   validate = make_validate(model, data, args)
-  history = History()
 
-  for step in range(args.steps):
+  for step in range(start_step, args.steps):
     microbatches, losses = train_microbatches(data, args, step), []
     start = time.perf_counter()
     for microbatch in microbatches:
@@ -377,8 +395,12 @@ def run(name: str, args: argparse.Namespace, data: Text, progress: Progress) -> 
     history.seconds.append(time.perf_counter() - start)
     if (step + 1) % VALIDATE_EVERY == 0 or step + 1 == args.steps:
       history.validation.append((step + 1, validate(params)))
+      if checkpoints is not None:
+        checkpoints.save(step + 1, (params, opt_state), dataclasses.asdict(history))
     show(progress, bar, history)
 
+  # For a run that had ended before it was resumed.
+  show(progress, bar, history)
   return {
     'validation_loss': history.validation[-1][1],
     'train_loss': statistics.fmean(history.loss[-TRAIN_LOSS_STEPS:]),
@@ -388,7 +410,7 @@ def run(name: str, args: argparse.Namespace, data: Text, progress: Progress) -> 
     'step_ms': 1e3 * statistics.median(history.seconds),
     'steps': args.steps,
     'loss': history.loss,
-    'validation_curve': history.validation,
+    'validation_curve': [tuple(point) for point in history.validation],
   }
 
 
@@ -451,10 +473,8 @@ def save_plot(file: Path, results: dict[str, dict[str, Any]], title: str) -> Non
 
 def save_results(file: Path, args: argparse.Namespace, data: Text, results: dict[str, dict[str, Any]]) -> None:
   """Appends what it takes to reproduce the runs, and their results, without the curves of single steps."""
-  settings = {name: value for name, value in vars(args).items() if name not in ('plot', 'results')}
-  settings['text'] = args.text and str(args.text)
   line = {
-    'settings': settings | {'characters': len(data.train) + len(data.validation)},
+    'settings': settings(args) | {'runs': args.runs, 'characters': len(data.train) + len(data.validation)},
     'device': jax.devices()[0].device_kind,
     # Python's own text differs from version to version.
     'versions': {
@@ -492,8 +512,12 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
     MofNCompleteColumn(),
     TextColumn('{task.fields[status]}'),
   )
-  with Progress(*columns, console=console) as progress:
-    results = {name: run(name, args, data, progress) for name in args.runs}
+  with contextlib.ExitStack() as stack:
+    # All before any trains, so that a refusal comes at once.
+    folders = {name: args.checkpoint_dir and args.checkpoint_dir / name for name in args.runs}
+    checkpoints = {name: stack.enter_context(open_checkpoints(folders[name], settings(args))) for name in args.runs}
+    progress = stack.enter_context(Progress(*columns, console=console))
+    results = {name: run(name, args, data, checkpoints[name], progress) for name in args.runs}
   print_table(console, results)
   size = f'{args.layers} layers of width {args.width}, context {args.context}'
   save_plot(args.plot, results, f'Character-level Transformer, {size}')

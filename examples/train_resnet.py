@@ -9,7 +9,6 @@ scikit-learn; for CIFAR-10, `--data-dir` is where its archive was unpacked.
 """
 
 import argparse
-from collections.abc import Iterator
 import contextlib
 import dataclasses
 from functools import partial
@@ -21,6 +20,8 @@ import time
 from typing import Any
 from typing import NamedTuple
 
+from checkpoints import Checkpoints
+from checkpoints import open_checkpoints
 from datasets import Dataset
 from datasets import cifar10
 from datasets import digits
@@ -32,7 +33,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn
 from rich.progress import MofNCompleteColumn
@@ -329,7 +329,7 @@ def run(
   name: str,
   args: argparse.Namespace,
   data: Dataset,
-  checkpoints: ocp.CheckpointManager | None,
+  checkpoints: Checkpoints | None,
   progress: Progress,
 ) -> dict[str, Any]:
   """Trains the network named 'lpmm' or 'fp32', from a checkpoint if there is one."""
@@ -342,8 +342,9 @@ def run(
   state = make_state(name, model, tx, data, args)
   history, step = History(), 0
 
-  if checkpoints is not None and checkpoints.latest_step() is not None:
-    step, state, history = restore(checkpoints, state)
+  if checkpoints is not None and (restored := checkpoints.restore(state)) is not None:
+    step, state, seen = restored
+    history = History(**seen)
   params, opt_state, batch_stats = state
 
   # Model memory, as the paper has it: parameters, optimizer state and gradient accumulator. Batch statistics are in
@@ -376,7 +377,7 @@ def run(
     if position + 1 == steps_per_epoch or step == total:
       history.test.append((step, test(params, batch_stats)))
     if position + 1 == steps_per_epoch and checkpoints is not None:
-      save(checkpoints, args, step, (params, opt_state, batch_stats), history)
+      checkpoints.save(step, (params, opt_state, batch_stats), dataclasses.asdict(history))
     show(progress, bar, history, steps_per_epoch)
 
   # For a run that had ended before it was resumed.
@@ -395,21 +396,6 @@ def run(
   }
 
 
-def show(progress: Progress, bar: TaskID, history: History, steps_per_epoch: int) -> None:
-  """Puts the epoch so far, the last test and the rate of the last steps on a progress bar."""
-  window = (len(history.loss) - 1) % steps_per_epoch + 1
-  loss, train = (statistics.fmean(values[-window:]) for values in (history.loss, history.accuracy))
-  test = f'{100 * history.test[-1][1]:.1f} %' if history.test else '-'
-  recent = history.seconds[-50:]
-  status = f'loss {loss:.3f}  train {100 * train:.1f} %  test {test}  {len(recent) / sum(recent):.1f}/s'
-  progress.update(bar, completed=len(history.loss), status=status)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def settings(args: argparse.Namespace) -> dict[str, Any]:
   """What must not change between a checkpoint and the run that resumes from it."""
   return {
@@ -419,39 +405,14 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
   }
 
 
-@contextlib.contextmanager
-def open_checkpoints(args: argparse.Namespace, name: str) -> Iterator[ocp.CheckpointManager | None]:
-  """Where the run saves and resumes, if it does; refuses a folder with checkpoints of other settings."""
-  if args.checkpoint_dir is None:
-    yield None
-    return
-  folder = args.checkpoint_dir / name
-  # Saved before the next step starts, which is going to overwrite the arrays.
-  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-  with ocp.CheckpointManager(folder.resolve(), options=options) as checkpoints:
-    if checkpoints.latest_step() is not None:
-      saved, wanted = read_log(checkpoints)['settings'], settings(args)
-      changed = [f'--{key.replace("_", "-")} {saved.get(key)}' for key in wanted if saved.get(key) != wanted[key]]
-      if changed:
-        raise SystemExit(f'error: {folder} holds a run with {", ".join(changed)}')
-    yield checkpoints
-
-
-def read_log(checkpoints: ocp.CheckpointManager) -> dict[str, Any]:
-  """Settings and history as of the last checkpoint."""
-  return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.Composite(log=ocp.args.JsonRestore()))['log']
-
-
-def save(checkpoints: ocp.CheckpointManager, args: argparse.Namespace, step: int, state: Any, history: History) -> None:
-  log = {'settings': settings(args), 'history': dataclasses.asdict(history)}
-  checkpoints.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), log=ocp.args.JsonSave(log)))
-
-
-def restore(checkpoints: ocp.CheckpointManager, like: Any) -> tuple[int, Any, History]:
-  """The last checkpoint's step, state (arrays placed as those of `like`) and history."""
-  step = checkpoints.latest_step()
-  state = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))['state']
-  return step, state, History(**read_log(checkpoints)['history'])
+def show(progress: Progress, bar: TaskID, history: History, steps_per_epoch: int) -> None:
+  """Puts the epoch so far, the last test and the rate of the last steps on a progress bar."""
+  window = (len(history.loss) - 1) % steps_per_epoch + 1
+  loss, train = (statistics.fmean(values[-window:]) for values in (history.loss, history.accuracy))
+  test = f'{100 * history.test[-1][1]:.1f} %' if history.test else '-'
+  recent = history.seconds[-50:]
+  status = f'loss {loss:.3f}  train {100 * train:.1f} %  test {test}  {len(recent) / sum(recent):.1f}/s'
+  progress.update(bar, completed=len(history.loss), status=status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,7 +493,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, Any]]:
   )
   with contextlib.ExitStack() as stack:
     # Both before either trains, so that a refusal comes at once.
-    checkpoints = {name: stack.enter_context(open_checkpoints(args, name)) for name in RUNS}
+    folders = {name: args.checkpoint_dir and args.checkpoint_dir / name for name in RUNS}
+    checkpoints = {name: stack.enter_context(open_checkpoints(folders[name], settings(args))) for name in RUNS}
     progress = stack.enter_context(Progress(*columns, console=console))
     results = {name: run(name, args, data, checkpoints[name], progress) for name in RUNS}
   for result in results.values():

@@ -20,6 +20,7 @@ from lpmm_optax._lion import lion
 from lpmm_optax._multi_steps import INTO_MOMENTUM
 from lpmm_optax._multi_steps import MultiSteps
 from lpmm_optax._multi_steps import MultiStepsState
+from lpmm_optax._placement import shardings
 from lpmm_optax._report import MemoryReport
 from lpmm_optax._report import memory_report
 from lpmm_optax._sgdm import sgdm
@@ -61,6 +62,7 @@ __all__ = [
   'memory_report',
   'quantize',
   'sgdm',
+  'shardings',
   'step',
   'value_and_step',
 ]

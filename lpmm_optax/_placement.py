@@ -1,0 +1,87 @@
+"""`shardings`: where the arrays of an optimizer's state go, from where the parameters go."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+from lpmm_optax import _array
+from lpmm_optax import _inner
+from lpmm_optax import _sharding
+
+
+def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
+  """The shardings of a tree of optimizer state, or of parameters, from the PartitionSpecs of the parameters.
+
+  State arrays of a parameter's shape (momentum, moments, accumulators) are sharded as it is, everything else is on
+  every device. Block scales are sharded as their codes are, except along an axis that they cannot split evenly, along
+  which every device has all. No step then communicates but to reduce gradients.
+
+  Args:
+    tree: what is wanted the shardings of: parameters, a state of this package's optimizers or of Optax's, or a
+      container of both, such as (params, opt_state); of concrete or abstract arrays.
+    params: the parameters, quantized or not, concrete or abstract.
+    specs: a PartitionSpec per parameter (one for a quantized one), or per subtree of parameters.
+    mesh: the mesh.
+
+  Returns:
+    A tree like `tree`, with a NamedSharding for every array: for `jax.device_put`, ``out_shardings`` of `jax.jit`, or
+    abstract arrays into which a checkpoint is restored.
+
+  Raises:
+    ValueError: if specs do not fit the parameters, or a spec its parameter, naming it.
+
+  >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
+  >>> from jax.sharding import PartitionSpec as P
+  >>> mesh = jax.make_mesh((1,), ('data',))
+  >>> tx, dense = lpmm.sgdm(0.1), {'w': jnp.ones((64, 128)), 'b': jnp.ones(3)}
+  >>> def init():
+  ...   params = lpmm.quantize(dense, lpmm.INT8)
+  ...   return params, tx.init(params)
+  >>> state = jax.eval_shape(init)
+  >>> where = lpmm.shardings(state, state[0], {'w': P('data', None), 'b': P()}, mesh)
+  >>> params, opt_state = jax.jit(init, out_shardings=where)()
+  >>> params['w'].sharding.spec
+  P('data', None)
+  """
+  structure, leaves = _inner.flatten(_array.unwrap(params))
+  is_spec = lambda x: isinstance(x, PartitionSpec)
+  numbered = structure.treedef.unflatten(range(len(leaves)))
+  spec_structure: Any = jax.tree.structure(specs, is_leaf=is_spec)
+  try:
+    parts = spec_structure.flatten_up_to(numbered)
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f'specs must have a PartitionSpec per parameter, or per subtree of them: {error}') from error
+  spec_of = {
+    i: spec
+    for spec, part in zip(jax.tree.leaves(specs, is_leaf=is_spec), parts, strict=True)
+    for i in jax.tree.leaves(part)
+  }
+  of_param = {i: _of_param(structure.paths[i], leaves[i].shape, spec_of[i], mesh) for i in spec_of}
+  everywhere = _sharding.replicated(mesh)
+  # By path, as the state's own arrays are found, but for parameters that no optimizer updates too.
+  by_keys = {structure.keys[i]: i for i in of_param}
+
+  def one(path: Any, x: Any) -> Any:
+    i = next((by_keys[path[k:]] for k in range(len(path) + 1) if path[k:] in by_keys), None)
+    own = everywhere if i is None or x.shape != leaves[i].shape else of_param[i]
+    if not _array.is_quantized(x):
+      return own
+    return jax.tree.map(lambda part: _sharding.reshard_for(own, part.shape), x)
+
+  return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_array.is_quantized)
+
+
+def _of_param(path: str, shape: tuple[int, ...], spec: Any, mesh: Any) -> NamedSharding:
+  if not isinstance(spec, PartitionSpec):
+    raise ValueError(f'{path}: expected a PartitionSpec, got {spec!r}')
+  if len(spec) > len(shape):
+    raise ValueError(f'{path}: {spec} has more axes than the parameter, of shape {shape}')
+  sharding = NamedSharding(mesh, spec)
+  try:
+    sharding.shard_shape(shape)
+  except ValueError as error:
+    raise ValueError(f'{path}: {spec} does not split the shape {shape} evenly: {error}') from error
+  return sharding
