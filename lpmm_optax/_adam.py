@@ -22,9 +22,9 @@ def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
 
   def hyperparams(step):
     # Of the step in which it is going to move the parameter first.
-    rate = _hyperparams.current(hyper['learning_rate'], step + 1)
+    rate = _hyperparams.current(hyper['learning_rate'], optax.safe_increment(step))
     b1, b2 = jnp.asarray(hyper['b1'], float), jnp.asarray(hyper['b2'], float)
-    exponent = (step + 2).astype(b1.dtype)
+    exponent = step.astype(b1.dtype) + 2  # The counter may be at its end.
     gain = (1 - 1 / b1) * (1 - b1**exponent)
     return {
       'gain': jnp.where(rate == 0, 0.0, gain / jnp.where(rate == 0, 1.0, rate)),

@@ -24,6 +24,8 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
+from jax.sharding import SingleDeviceSharding
 import orbax.checkpoint as ocp
 
 import lpmm_optax
@@ -61,9 +63,11 @@ class Handler(ocp.AsyncCheckpointHandler):
     description = read_description(directory)
     _description.check_formats(description, args.item)
     try:
-      tree = self._arrays.restore(directory, args=ocp.args.StandardRestore(args.item))
+      tree = self._arrays.restore(directory, args=ocp.args.StandardRestore(jax.tree.map(_placed, args.item)))
     except Exception as error:
-      raise ValueError(f'the checkpoint {directory} is damaged: its arrays cannot be read') from error
+      raise ValueError(
+        f'the arrays of the checkpoint {directory} cannot be read; it may be damaged: {str(error)[:200]}'
+      ) from error
     _description.check_contents(description, tree)
     return tree
 
@@ -78,6 +82,13 @@ class Handler(ocp.AsyncCheckpointHandler):
   def close(self) -> None:
     """Called by Orbax at the end."""
     self._arrays.close()
+
+
+def _placed(x: Any) -> Any:
+  """An abstract array with a sharding, for which Orbax would otherwise look in the checkpoint."""
+  if isinstance(x, jax.ShapeDtypeStruct) and x.sharding is None:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
+  return x
 
 
 def read_description(directory: Any) -> dict[str, Any]:
@@ -126,7 +137,8 @@ class Restore(ocp.args.CheckpointArgs):
 
   Attributes:
     item: the tree that it is restored into: of the same structure and formats, its arrays concrete or abstract
-      (`jax.ShapeDtypeStruct`). Their shardings are those of the result, whatever they were when it was saved.
+      (`jax.ShapeDtypeStruct`). Their shardings are those of the result, whatever they were when it was saved; abstract
+      arrays without one come back on the first device of each process.
 
   Raises (by what restores):
     ValueError: naming leaves, if trees, shapes or formats differ, or if the contents are not those that were saved.
