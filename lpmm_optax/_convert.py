@@ -125,9 +125,10 @@ class _Walk:
   def _optimizer(self, path: str, source: Any, target: Any) -> Any:
     """A LowPrecisionState to another, or to Optax's own state, or from it."""
     inner, wanted = (x.inner_state if isinstance(x, LowPrecisionState) else x for x in (source, target))
-    structures = (jax.tree.structure(state, is_leaf=_array.is_quantized) for state in (inner, wanted))
-    same = operator.eq(*structures)
-    if same or None in (_momentum_of(inner), _momentum_of(wanted)):
+    forms = _momentum_of(inner), _momentum_of(wanted)
+    is_whole = lambda x: _is_momentum(x) or _array.is_quantized(x)
+    around = (jax.tree.structure(state, is_leaf=is_whole) for state in (inner, wanted))
+    if None in forms or (type(forms[0]) is type(forms[1]) and operator.eq(*around)):
       new = self.convert(path, inner, wanted)
     else:
       new = self._momentum(path, inner, wanted)
@@ -144,7 +145,8 @@ class _Walk:
     def one(keys: Any, x: Any) -> Any:
       where = _join(path, keys)
       if _is_momentum(x):
-        factor = self._factor(where, type(x)) / self._factor(where, type(source))
+        same = type(x) is type(source)
+        factor = 1.0 if same else self._factor(where, type(x)) / self._factor(where, type(source))
         x = x._replace(trace=self.convert(f'{where}/trace', source.trace, x.trace, factor))
         return x._replace(count=_count_of(inner)) if 'count' in x._fields else x
       if getattr(keys[-1], 'name', None) != 'count':

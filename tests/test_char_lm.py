@@ -317,6 +317,30 @@ def test_a_low_precision_run_follows_its_float32_run(finished, quantized, name):
   assert result['validation_loss'] != fp32['validation_loss']
 
 
+def test_an_interrupted_run_resumes_with_the_same_bits(tmp_path, monkeypatch, quantized):
+  monkeypatch.setattr(train_char_lm, 'VALIDATE_EVERY', 10)
+  argv = ('--runs', 'adamw-8bit', '--checkpoint-dir', 'checkpoints')
+  steps, train_microbatches = [], train_char_lm.train_microbatches
+
+  def spy(data, args, step):
+    steps.append(step)
+    if step == 25 and steps.count(25) == 1:
+      raise KeyboardInterrupt
+    return train_microbatches(data, args, step)
+
+  monkeypatch.setattr(train_char_lm, 'train_microbatches', spy)
+  with pytest.raises(KeyboardInterrupt):
+    outcome_in(tmp_path, *argv)
+  resumed, expected = outcome_in(tmp_path, *argv).results['adamw-8bit'], quantized.results['adamw-8bit']
+  # From the checkpoint after twenty; before each run, a batch to compile for.
+  assert steps == [0, *range(26), 0, *range(20, 30)]
+  assert resumed['loss'] == expected['loss']
+  assert resumed['validation_curve'][-1] == expected['validation_curve'][-1]
+  with pytest.raises(SystemExit) as refusal:
+    outcome_in(tmp_path, *argv, '--microbatches', '2')
+  assert str(refusal.value) == f'error: {Path("checkpoints/adamw-8bit")} holds a run with --microbatches 1'
+
+
 def state_of(name, args, data):
   """The shapes of a run's model, optimizer, parameters and state."""
   model, tx = train_char_lm.make_model(data, args), train_char_lm.make_optimizer(name, args)

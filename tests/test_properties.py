@@ -1,0 +1,115 @@
+"""Properties of any tree: odd shapes, dtypes, block sizes, and values from subnormal to the largest."""
+
+import math
+
+import hypothesis
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lpmm_optax as lpmm
+from lpmm_optax import _format
+
+SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 64, 97, 100, 128])
+SHAPES = st.one_of(
+  st.sampled_from([(), (0,), (3, 0), (1,), (1, 1), (4099,), (65537,), (70001,), (2, 35003), (1, 4096), (4096, 1)]),
+  st.lists(SIZES, min_size=1, max_size=3).map(tuple),
+)
+DTYPES = st.sampled_from([jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16])
+FORMATS = st.one_of(
+  st.just(lpmm.BFLOAT16),
+  st.builds(
+    lpmm.Format,
+    bits=st.sampled_from([4, 8, 16]),
+    block_size=st.sampled_from([None, 1, 5, 32, 64, 100, 128, 1000]),
+    rounding=st.sampled_from(['stochastic', 'nearest']),
+  ),
+)
+
+
+@st.composite
+def arrays(draw):
+  """Of magnitudes that differ between the elements of a block, some of them zero."""
+  shape, dtype = draw(SHAPES), draw(DTYPES)
+  limits = jnp.finfo(dtype)
+  lowest, highest = math.log2(float(limits.smallest_subnormal)), math.log2(float(limits.max))
+  low = draw(st.floats(lowest, highest))
+  high = draw(st.floats(low, highest))
+  rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+  # Of float64, in which the powers of two are no subnormals.
+  x = rng.choice([-1.0, 0.0, 1.0], shape) * 2.0 ** rng.uniform(low, high, shape)
+  return jnp.asarray(np.clip(x, -float(limits.max), float(limits.max)).astype(np.float32)).astype(dtype)
+
+
+def block_maxima(x, q):
+  """Of every element's block, as float64."""
+  x = np.abs(x)
+  if q.scales is None:
+    return x
+  axis, size = _format.block_of(q.shape, q.scales.shape)
+  blocks = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+  return np.broadcast_to(blocks.max(axis + 1, keepdims=True), blocks.shape).reshape(x.shape)
+
+
+def check_stored(x, q):
+  """That an array is finite, exact where it is zero, and elsewhere to within a step of its grid."""
+  assert q.shape == x.shape
+  assert q.dtype == x.dtype
+  values = np.asarray(x.astype(jnp.float32), np.float64)
+  y = lpmm.dequantize(q)
+  assert y.dtype == x.dtype
+  y = np.asarray(y.astype(jnp.float32), np.float64)
+  assert np.all(np.isfinite(y))
+  assert np.all(y[values == 0] == 0)
+  if not lpmm.is_quantized(q):
+    np.testing.assert_array_equal(y, values)
+    return
+  # A step is the scale, which is at most 2^-7 above the maximum over the codes, and at least 2^-100; that of bfloat16
+  # is a 128th of the value. Then the rounding of what is decoded to the array's own dtype.
+  step = (
+    block_maxima(values, q) * (1 + 2.0**-7) / q.format.max_code if q.format.has_scales else np.abs(values) * 2.0**-7
+  )
+  own = np.abs(y) * float(jnp.finfo(x.dtype).eps) + float(jnp.finfo(x.dtype).smallest_normal)
+  assert np.all(np.abs(y - values) <= np.maximum(step, 2.0**-100 if q.format.has_scales else 2.0**-126) + own)
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(
+  tree=st.lists(arrays(), min_size=1, max_size=3),
+  format=FORMATS,
+  key=st.one_of(st.none(), st.integers(0, 2**31 - 1)),
+  force=st.booleans(),
+)
+def test_any_tree_is_stored_to_within_a_grid_step(tree, format, key, force):
+  where = (lambda path, leaf: format if leaf.size and leaf.ndim else None) if force else None
+  key = None if key is None else jax.random.key(key)
+  stored = lpmm.quantize(tree, format, key=key, where=where)
+  for x, q in zip(tree, stored, strict=True):
+    check_stored(x, q)
+    if force:
+      assert lpmm.is_quantized(q) == bool(x.size and x.ndim)
+
+
+@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.given(
+  x=arrays().filter(lambda x: x.size <= 20000),
+  format=FORMATS.filter(lambda format: format.bits >= 8),
+  name=st.sampled_from(['sgdm', 'adamw', 'lion']),
+  power=st.integers(-149, 60),
+)
+def test_a_step_from_any_tree_stays_finite_and_without_gradient_does_nothing(x, format, name, power):
+  # A step of SGD may not fit into float16, without us either.
+  hypothesis.assume(not (x.dtype == jnp.float16 and name == 'sgdm'))
+  x = jnp.clip(x, -1e4, 1e4)
+  params = lpmm.quantize({'x': x}, format, where=lambda path, leaf: format if leaf.size and leaf.ndim else None)
+  tx = getattr(lpmm, name)(0.01, weight_decay=0.0) if name != 'sgdm' else lpmm.sgdm(0.01)
+  state = tx.init(params)
+  grads = {'x': jnp.full(x.shape, 2.0**power, jnp.float32)}
+  zero = jax.tree.map(jnp.zeros_like, grads)
+  same, state = lpmm.step(tx, zero, params, state)
+  jax.tree.map(np.testing.assert_array_equal, same, params)
+  finite = lambda tree: all(
+    bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(lpmm.dequantize(tree)) if leaf.dtype.kind == 'f'
+  )
+  assert finite(lpmm.step(tx, grads, params, state))
