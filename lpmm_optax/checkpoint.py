@@ -25,6 +25,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 import orbax.checkpoint as ocp
 
@@ -47,23 +48,26 @@ class Handler(ocp.AsyncCheckpointHandler):
 
   async def async_save(self, directory: Any, args: 'Save') -> list[Any]:
     """Copies the arrays, and starts to write them; Orbax waits for the futures returned."""
-    description = _description.describe(args.item, lpmm_optax.__version__)
-    arrays = await self._arrays.async_save(directory, args=ocp.args.StandardSave(args.item))
+    item = jax.tree.map(_as_array, args.item)
+    description = _description.describe(item, lpmm_optax.__version__)
+    arrays = await self._arrays.async_save(directory, args=ocp.args.StandardSave(item))
     text = await self._description.async_save(directory, args=ocp.args.JsonSave(description))
     return [*(arrays or []), *(text or [])]
 
   def save(self, directory: Any, args: 'Save') -> None:
     """Writes the arrays and their description."""
-    self._arrays.save(directory, args=ocp.args.StandardSave(args.item))
-    description = _description.describe(args.item, lpmm_optax.__version__)
+    item = jax.tree.map(_as_array, args.item)
+    self._arrays.save(directory, args=ocp.args.StandardSave(item))
+    description = _description.describe(item, lpmm_optax.__version__)
     self._description.save(directory, args=ocp.args.JsonSave(description))
 
   def restore(self, directory: Any, args: 'Restore') -> Any:
     """The tree, once its formats and its contents are found to be right."""
     description = read_description(directory)
-    _description.check_formats(description, args.item)
+    item = jax.tree.map(_as_array, args.item)
+    _description.check_formats(description, item)
     try:
-      tree = self._arrays.restore(directory, args=ocp.args.StandardRestore(jax.tree.map(_placed, args.item)))
+      tree = self._arrays.restore(directory, args=ocp.args.StandardRestore(jax.tree.map(_placed, item)))
     except Exception as error:
       raise ValueError(
         f'the arrays of the checkpoint {directory} cannot be read; it may be damaged: {str(error)[:200]}'
@@ -82,6 +86,11 @@ class Handler(ocp.AsyncCheckpointHandler):
   def close(self) -> None:
     """Called by Orbax at the end."""
     self._arrays.close()
+
+
+def _as_array(x: Any) -> Any:
+  """A number of Python's, such as the step of a new TrainState, is what JAX makes of it in the first step."""
+  return jnp.asarray(x) if isinstance(x, bool | int | float) else x
 
 
 def _placed(x: Any) -> Any:
@@ -124,7 +133,7 @@ class Save(ocp.args.CheckpointArgs):
   """Saves a tree of parameters, optimizer state, or both.
 
   Attributes:
-    item: a pytree of arrays and QuantizedArrays.
+    item: a pytree of arrays and QuantizedArrays. Numbers of Python's are saved as JAX arrays.
   """
 
   item: Any
