@@ -30,6 +30,8 @@ from lpmm_optax._step import step
 from lpmm_optax._transform import InPlaceTransformation
 from lpmm_optax._transform import LowPrecisionState
 from lpmm_optax._transform import low_precision
+from lpmm_optax._underflow import Underflow
+from lpmm_optax._underflow import underflow_report
 
 if _importlib_util.find_spec('flax') is not None:
   from lpmm_optax import _flax as _flax
@@ -50,6 +52,7 @@ __all__ = [
   'MultiSteps',
   'MultiStepsState',
   'QuantizedArray',
+  'Underflow',
   'adam',
   'adamw',
   'apply_if_finite',
@@ -64,5 +67,6 @@ __all__ = [
   'sgdm',
   'shardings',
   'step',
+  'underflow_report',
   'value_and_step',
 ]

@@ -44,17 +44,17 @@ class QuantizedArray:
   format: Format
   dtype: Any
 
-  def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[Format, Any]]:
+  def tree_flatten(self) -> tuple[Any, Any]:
     """Children and static data."""
     return (self.codes, self.scales), (self.format, self.dtype)
 
-  def tree_flatten_with_keys(self) -> tuple[Any, tuple[Format, Any]]:
+  def tree_flatten_with_keys(self) -> tuple[Any, Any]:
     """The same, with the keys of the children."""
     keys = map(jax.tree_util.GetAttrKey, self.format.storage)
     return tuple(zip(keys, (self.codes, self.scales), strict=True)), (self.format, self.dtype)
 
   @classmethod
-  def tree_unflatten(cls, static: tuple[Format, Any], children: tuple[Any, Any]) -> 'QuantizedArray':
+  def tree_unflatten(cls, static: Any, children: Any) -> 'QuantizedArray':
     """The reverse; the children may be anything."""
     return cls(*children, *static)
 
@@ -150,7 +150,8 @@ def with_stored(leaf: Any, arrays: _codec.Stored) -> Any:
   return arrays.codes
 
 
-def _whole(leaf: Any) -> _codec.Codec:
+def whole_codec(leaf: Any) -> _codec.Codec:
+  """The codec for a leaf as one tile."""
   return codec_of(leaf, leaf.shape, _codec.make_cells(leaf.shape, blocks_of(leaf)))
 
 
@@ -233,7 +234,7 @@ def _check_param_format(path: str, leaf: Any, format: Format) -> None:
 @functools.partial(jax.jit, static_argnames=('format', 'dtype'))
 def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
   target = full(x, 0, format, dtype)
-  codec = _whole(target)
+  codec = whole_codec(target)
   cells = codec_cells(codec)
   bits = None
   if word is not None:
@@ -245,7 +246,7 @@ def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) ->
 
 @jax.jit
 def _decode(x: QuantizedArray) -> jax.Array:
-  codec = _whole(x)
+  codec = whole_codec(x)
   return codec_cells(codec).merge(codec.decode(stored(x)))
 
 

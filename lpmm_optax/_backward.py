@@ -104,7 +104,7 @@ def _with_slice(x: jax.Array, new: jax.Array, start: Sequence[jax.Array]) -> jax
   return lax.dynamic_update_slice(x, new.reshape((1,) * len(start) + new.shape), indices)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrackedArray(_array.QuantizedArray):
   """A parameter, or a slice of one, whose gradient goes into a `Sink`.
@@ -115,7 +115,20 @@ class TrackedArray(_array.QuantizedArray):
   """
 
   rows: jax.Array
-  sink: Sink = dataclasses.field(metadata={'static': True})
+  sink: Sink
+
+  def tree_flatten(self) -> tuple[Any, Any]:
+    children, static = super().tree_flatten()
+    return (*children, self.rows), (*static, self.sink)
+
+  def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+    children, static = super().tree_flatten_with_keys()
+    return (*children, (jax.tree_util.GetAttrKey('rows'), self.rows)), (*static, self.sink)
+
+  @classmethod
+  def tree_unflatten(cls, static: Any, children: Any) -> 'TrackedArray':
+    (codes, scales, rows), (format, dtype, sink) = children, static
+    return cls(codes, scales, format, dtype, rows, sink)
 
   def dense(self, dtype: Any = None) -> jax.Array:
     """The values; their cotangent is added to the sink."""

@@ -185,6 +185,10 @@ class LinearCodec:
     value = codes * self.blocks.spread(from_bfloat16_bits(stored.scales))
     return value * value if self.squares else value
 
+  def step(self, stored: Stored) -> jax.Array:
+    """The distance of neighbouring codes, which broadcasts against the cell view; of their roots for squares."""
+    return self.blocks.spread(from_bfloat16_bits(stored.scales))
+
   def encode(
     self,
     value: jax.Array,
@@ -260,6 +264,11 @@ class BFloat16Codec:
 
   def decode(self, stored: Stored) -> jax.Array:
     return self.cells.split(from_bfloat16_bits(stored.codes))
+
+  def step(self, stored: Stored) -> jax.Array:
+    """The distance to the next larger magnitude, in cell view."""
+    power = _float_of(_bits_of(self.decode(stored)) & jnp.uint32(0x7F800000))
+    return power * np.float32(2.0**-7)
 
   def encode(self, value: jax.Array, bits: jax.Array | None, change: Change | None = None) -> Payload:
     del change
