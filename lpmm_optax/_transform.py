@@ -401,7 +401,8 @@ def transform(
     own = LowPrecisionState(jnp.zeros((), jnp.int32), key, _init_inner(formats, inner, structure, leaves))
     if preceding is None:
       return own
-    return (*_init_inner(None, optax.chain(*preceding), structure, leaves), own)
+    before = _init_inner(None, optax.chain(*preceding), structure, leaves) if preceding else ()
+    return (*before, own)
 
   def split(state):
     """The states of the preceding transformations, and our own."""

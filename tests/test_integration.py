@@ -393,6 +393,15 @@ def test_the_update_is_in_place(name, wrapped, format):
   assert memory.temp_size_in_bytes < 0.08 * total
 
 
+def test_a_chain_of_one_is_its_optimizer():
+  params = lpmm.quantize(DENSE, lpmm.INT8)
+  alone, chained = lpmm.sgdm(0.05), lpmm.chain(lpmm.sgdm(0.05))
+  grads = jax.tree.map(jnp.ones_like, DENSE)
+  expected_params, expected_state = lpmm.step(alone, grads, params, alone.init(params))
+  new_params, (new_state,) = lpmm.step(chained, grads, params, chained.init(params))
+  assert_same_bits((new_params, new_state), (expected_params, expected_state))
+
+
 def test_clipping_in_a_chain_costs_no_memory():
   plain = lpmm.sgdm(decaying)
   clipped = lpmm.chain(optax.clip_by_global_norm(1.0), plain)
