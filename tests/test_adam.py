@@ -191,7 +191,7 @@ def test_steps_are_those_of_float32_at_any_scale_of_the_gradients(make, scale):
 
 
 @EACH
-@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.settings(max_examples=6, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**31 - 1), low=st.floats(-45, 0), high=st.floats(0, 38))
 def test_finite_gradients_never_make_a_state_nan(make, seed, low, high):
   def grad(i):
@@ -259,8 +259,9 @@ def test_feedback_removes_most_of_what_rounding_adds_to_the_loss(rate):
 def test_feedback_is_on_where_it_can_be():
   grads, start = gradients(10), lpmm.quantize(tree(), lpmm.INT8)
   run = lambda **kwargs: np.asarray(train(lpmm.adamw(0.01, **kwargs), start, grads)[0]['kernel'].codes)
-  np.testing.assert_array_equal(run(), run(error_feedback=True))
-  assert (run() != run(error_feedback=False)).any()
+  default = run()
+  np.testing.assert_array_equal(default, run(error_feedback=True))
+  assert (default != run(error_feedback=False)).any()
   for kwargs in ({'nesterov': True}, {'formats': None}, {'formats': {'mu': lpmm.INT4}}, {'b1': 0.0}):
     np.testing.assert_array_equal(run(**kwargs), run(error_feedback=False, **kwargs))
 

@@ -76,7 +76,7 @@ SHAPES = [SHAPE, (3, 3, 64, 96), (131072,), (8, 127, 192), (320, 100)]
 def test_no_result_depends_on_the_tile_size(name, shape):
   make = OPTIMIZERS[name]
   whole = run(make(tile_size=2**30), start(shape=shape), shape=shape)
-  for tile_size in (1, 10000, 2**15):
+  for tile_size in (1, 10000):
     assert_same_bits(run(make(tile_size=tile_size), start(shape=shape), shape=shape), whole)
 
 
@@ -106,9 +106,8 @@ def on_one_device(name):
 
 
 CASES = [('sgdm', '4x2', spec) for spec in SPECS]
-CASES += [('sgdm', '8x1', spec) for spec in (P('x', None), P(None, 'x'), P())]
-CASES += [('sgdm', '1x2', P(None, 'y')), ('sgdm', '2x2', P('x', 'y')), ('sgdm', '4x1', P('x', None))]
-CASES += [('adamw', '4x2', spec) for spec in SPECS[:3]]
+CASES += [('sgdm', '1x2', P(None, 'y')), ('sgdm', '2x2', P('x', 'y')), ('sgdm', '8x1', P('x', None))]
+CASES += [('adamw', '4x2', P('x', 'y')), ('adamw', '4x1', P('x', None))]
 
 
 @pytest.mark.parametrize(('name', 'mesh', 'spec'), CASES, ids=str)
@@ -146,8 +145,16 @@ REDUCING = {
 }
 
 
-@pytest.mark.parametrize('name', REDUCING)
-@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+  ('name', 'axis_type'),
+  [
+    ('clipped adamw', AxisType.Auto),
+    ('clipped adamw', AxisType.Explicit),
+    ('lamb', AxisType.Auto),
+    ('muon', AxisType.Explicit),
+  ],
+  ids=lambda x: getattr(x, 'name', x),
+)
 def test_updates_that_reduce_over_shards_agree_with_one_device(name, axis_type):
   shape = (64, 512)
   tx = lpmm.low_precision(REDUCING[name](), tile_size=2**12)
