@@ -3,19 +3,21 @@
   pip install -e '.[examples,benchmarks]'
   python benchmarks/accuracy.py --tasks digits --seeds 0 1 2
   python benchmarks/accuracy.py --tasks chars chars-finetune --text tinyshakespeare.txt --seeds 0 1 2
+  python benchmarks/accuracy.py --ablations block-size random-bits --text tinyshakespeare.txt
   python benchmarks/accuracy.py --list
 
 A run is named by task, settings of the task, method, microbatches and seed. One that is in the file already is not
 repeated; one that was interrupted is, from its start. `benchmarks/report.py` makes tables and plots of the file.
 
 Seeds differ in the first weights, the batches and the rounding. All methods of a seed start from the same weights and
-see the same examples in the same order, however many microbatches they come in.
+see the same examples in the same order, however many microbatches they come in. With `--together`, all seeds of a
+configuration run at once under vmap: faster where a run alone leaves the device idle, not on a CPU.
 """
 
 import argparse
 from collections.abc import Callable
+from collections.abc import Collection
 import contextlib
-import dataclasses
 from functools import partial
 import importlib.metadata
 import itertools
@@ -44,14 +46,19 @@ import lpmm_optax as lpmm
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
 
 import datasets
+from methods import ABLATIONS
+from methods import METHODS
+from methods import VARIANTS
+from methods import Ablation
+from methods import Method
+from methods import Point
 import train_char_lm
 import train_resnet
 
 DEFAULT_RESULTS = Path('benchmarks/results/accuracy.jsonl')
+ALL_METHODS = METHODS | VARIANTS
 CURVE_POINTS = 50
 UNDERFLOW_POINTS = 10
-MOMENTUM = 0.9
-B1, B2 = 0.9, 0.95
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tasks
@@ -106,6 +113,7 @@ def images(data: datasets.Dataset, settings: dict[str, Any], rate: float) -> Tas
   model = train_resnet.ResNet(settings['depth'], settings['width'], data.classes)
   size = settings['batch_size']
   per_epoch = len(data.train_labels) // size
+  steps = settings['epochs'] * per_epoch
   image = jnp.zeros((1, *data.train_images.shape[1:]))
   augment = jax.jit(partial(train_resnet.augment, data))
 
@@ -138,30 +146,30 @@ def images(data: datasets.Dataset, settings: dict[str, Any], rate: float) -> Tas
     batch=batch,
     evaluate=lambda weights, stats: 100 * test(weights, stats),
     metric='test accuracy',
-    steps=settings['epochs'] * per_epoch,
+    steps=steps,
     rates={'sgdm': rate},
     weight_decay={'sgdm': 1e-4},
-    warmup=per_epoch,
+    warmup=min(per_epoch, steps // 10),
     final=0.0,
     clip={},
   )
 
 
-def digits(args: argparse.Namespace) -> Task:
-  settings = {'depth': 8, 'width': 32, 'batch_size': 64, 'epochs': 20}
+def digits(args: argparse.Namespace, **changed: int) -> Task:
+  settings = {'depth': 8, 'width': 32, 'batch_size': 64, 'epochs': 20} | changed
   return images(datasets.digits(), settings, rate=0.1)
 
 
-def cifar10(args: argparse.Namespace) -> Task:
+def cifar10(args: argparse.Namespace, **changed: int) -> Task:
   if args.cifar10 is None:
     raise SystemExit('error: the task cifar10 needs --cifar10, the folder of its archive')
-  settings = {'depth': 20, 'width': 16, 'batch_size': 128, 'epochs': args.epochs}
+  settings = {'depth': 20, 'width': 16, 'batch_size': 128, 'epochs': args.epochs} | changed
   return images(datasets.cifar10(args.cifar10), settings, rate=0.1)
 
 
-def characters(args: argparse.Namespace, data: datasets.Text, **changed: Any) -> Task:
-  """The language model of the examples, on random windows of the text."""
-  settings = {'layers': 4, 'width': 64, 'heads': 4, 'context': 64, 'batch_size': 16, 'steps': 1000}
+def characters(args: argparse.Namespace, data: datasets.Text, **changed: int) -> Task:
+  """The language model of the examples, on random windows of the text; SGD's rate is in proportion to the batch."""
+  settings = {'layers': 4, 'width': 64, 'heads': 4, 'context': 64, 'batch_size': 16, 'steps': 1000} | changed
   text = 'Python' if args.text is None else args.text.name
   settings |= {'text': text, 'characters': len(data.train) + len(data.validation)}
   shape = argparse.Namespace(**settings)
@@ -177,19 +185,19 @@ def characters(args: argparse.Namespace, data: datasets.Text, **changed: Any) ->
     evaluate=lambda weights, extra: float(np.mean([mean_loss(weights, *window) for window in windows])),
     metric='validation loss',
     steps=settings['steps'],
-    rates={'sgdm': 0.3, 'adamw': 3e-3},
+    rates={'sgdm': 0.3 * settings['batch_size'] / 16, 'adamw': 3e-3},
     weight_decay={'sgdm': 1e-4, 'adamw': 0.1},
-    warmup=50,
+    warmup=settings['steps'] // 20,
     final=0.1,
     clip={'adamw': 1.0},
-  )._replace(**changed)
+  )
 
 
-def chars(args: argparse.Namespace) -> Task:
-  return characters(args, datasets.text(args.text))
+def chars(args: argparse.Namespace, **changed: int) -> Task:
+  return characters(args, datasets.text(args.text), **changed)
 
 
-def chars_finetune(args: argparse.Namespace) -> Task:
+def chars_finetune(args: argparse.Namespace, **changed: int) -> Task:
   """From weights that AdamW in float32 has trained on the first half of the text, on its second half.
 
   At a thirtieth of the rate, and without a schedule: updates are small against any grid.
@@ -197,11 +205,11 @@ def chars_finetune(args: argparse.Namespace) -> Task:
   data = datasets.text(args.text)
   middle = len(data.train) // 2
   pretraining = characters(args, data._replace(train=data.train[:middle]))
-  weights, _ = train(pretraining, METHODS['adamw-fp32'], 1, 1234, lambda step: None)[:2]
-  task = characters(args, data._replace(train=data.train[middle:]))
+  (pretrained,) = train(pretraining, METHODS['adamw-fp32'], 1, [1234], lambda step: None)
+  task = characters(args, data._replace(train=data.train[middle:]), **changed)
   return task._replace(
     settings=task.settings | {'pretrained': pretraining.steps},
-    init=lambda seed: (jax.tree.map(jnp.copy, weights), ()),
+    init=lambda seed: (pretrained.weights, ()),
     rates={optimizer: rate / 30 for optimizer, rate in task.rates.items()},
     final=1.0,
   )
@@ -210,106 +218,16 @@ def chars_finetune(args: argparse.Namespace) -> Task:
 TASKS = {'digits': digits, 'cifar10': cifar10, 'chars': chars, 'chars-finetune': chars_finetune}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Methods
-# ---------------------------------------------------------------------------------------------------------------------
-
-NEAREST = dataclasses.replace(lpmm.INT8, rounding='nearest')
-BFLOAT16_NEAREST = dataclasses.replace(lpmm.BFLOAT16, rounding='nearest')
-
-
-class Method(NamedTuple):
-  """How it is trained.
-
-  Attributes:
-    optimizer: 'sgdm' or 'adamw'.
-    params: the format of parameters, or their dtype.
-    make_tx: of a task's hyperparameters and a key.
-    accumulator: ours for microbatches, 'optax' for that of Optax, None for a method that takes no microbatches.
-    baseline: in float32, with which it is compared.
-    summary: for tables.
-  """
-
-  optimizer: str
-  params: Any
-  make_tx: Callable[..., optax.GradientTransformation]
-  accumulator: Any
-  baseline: str
-  summary: str
-
-
-def optax_sgd(rate, decay, key):
-  return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, MOMENTUM))
-
-
-def optax_velocity(rate, decay, key):
-  """Each gradient at the rate at which it came, as error feedback has it."""
-  return optax.chain(optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate), optax.trace(MOMENTUM))
-
-
-def optax_adamw(rate, decay, key):
-  return optax.adamw(rate, B1, B2, weight_decay=decay)
-
-
-def our_sgdm(formats=lpmm.INT8, error_feedback=True):
-  return lambda rate, decay, key: lpmm.sgdm(
-    rate, MOMENTUM, weight_decay=decay, formats=formats, error_feedback=error_feedback, key=key
-  )
-
-
-def our_adamw(error_feedback=True, formats='default'):
-  return lambda rate, decay, key: lpmm.adamw(
-    rate, B1, B2, weight_decay=decay, error_feedback=error_feedback, formats=formats, key=key
-  )
-
-
-def flash_adamw(rate, decay, key):
-  """It has a step of its own, and no updates."""
-  import flashoptim_jax as flashoptim  # For this method alone.
-
-  tx = flashoptim.flash_adamw(rate, B1, B2, weight_decay=decay, fused=jax.default_backend() == 'gpu')
-  step = lambda grads, params, opt_state: tx.step(params, opt_state, grads)
-  return lpmm.InPlaceTransformation(tx.init, None, step, obstacles=lambda params: {})
-
-
-INTO = lpmm.INTO_MOMENTUM
-METHODS = {
-  'sgdm-fp32': Method('sgdm', jnp.float32, optax_sgd, 'optax', 'sgdm-fp32', 'optax.sgd, float32'),
-  'sgdm-fp32-velocity': Method(
-    'sgdm', jnp.float32, optax_velocity, 'optax', 'sgdm-fp32-velocity', 'velocity form, float32'
-  ),
-  'sgdm-bf16-nearest': Method(
-    'sgdm', BFLOAT16_NEAREST, our_sgdm(BFLOAT16_NEAREST, False), BFLOAT16_NEAREST, 'sgdm-fp32', 'bfloat16, nearest'
-  ),
-  'sgdm-bf16': Method(
-    'sgdm', lpmm.BFLOAT16, our_sgdm(lpmm.BFLOAT16, False), lpmm.BFLOAT16, 'sgdm-fp32', 'bfloat16, stochastic'
-  ),
-  'sgdm-8-nearest': Method('sgdm', NEAREST, our_sgdm(NEAREST, False), NEAREST, 'sgdm-fp32', '8/8/8, nearest'),
-  'sgdm-8-paper': Method(
-    'sgdm', lpmm.INT8, our_sgdm(lpmm.INT8, False), lpmm.INT8, 'sgdm-fp32', "8/8/8, stochastic (the paper's)"
-  ),
-  'sgdm-8': Method(
-    'sgdm', lpmm.INT8, our_sgdm(), INTO, 'sgdm-fp32-velocity', '8/8 into momentum, feedback (recommended)'
-  ),
-  'sgdm-16/8': Method(
-    'sgdm', lpmm.INT16, our_sgdm(), INTO, 'sgdm-fp32-velocity', '16-bit parameters, 8-bit momentum, feedback'
-  ),
-  'sgdm-8/4': Method('sgdm', lpmm.INT8, our_sgdm(lpmm.INT4, False), lpmm.INT8, 'sgdm-fp32', '8/4/8, stochastic'),
-  'sgdm-4/8': Method(
-    'sgdm', lpmm.INT4, our_sgdm(), INTO, 'sgdm-fp32-velocity', '4-bit parameters, 8-bit momentum, feedback'
-  ),
-  'adamw-fp32': Method('adamw', jnp.float32, optax_adamw, 'optax', 'adamw-fp32', 'optax.adamw, float32'),
-  'adamw-8': Method(
-    'adamw', lpmm.INT8, our_adamw(), lpmm.INT8, 'adamw-fp32', '8/8/8 and accumulator, feedback (recommended)'
-  ),
-  'adamw-8-plain': Method(
-    'adamw', lpmm.INT8, our_adamw(False), lpmm.INT8, 'adamw-fp32', '8/8/8 and accumulator, stochastic'
-  ),
-  'adamw-flash': Method('adamw', jnp.bfloat16, flash_adamw, None, 'adamw-fp32', 'flashoptim-jax'),
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
 # One run
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+  """Of one run: the last weights and extra, dense, and what is written down of it."""
+
+  weights: Any
+  extra: Any
+  results: dict[str, Any]
 
 
 def make_optimizer(task: Task, method: Method, microbatches: int, key: jax.Array) -> Any:
@@ -330,65 +248,97 @@ def wanted_update(opt_state: Any) -> Any:
   return lpmm.dequantize(found[0]) if len(found) == 1 else None
 
 
-def train(
-  task: Task, method: Method, microbatches: int, seed: int, report: Callable[[int], None]
-) -> tuple[Any, Any, dict[str, Any]]:
-  """The last (weights, extra), dense, and what happened on the way."""
-  tx = make_optimizer(task, method, microbatches, jax.random.key(seed))
-  weights, extra = task.init(seed)
-  initial = jax.tree.map(jnp.copy, weights)
+def to_float32(params: Any) -> Any:
+  return jax.tree.map(lambda x: x.astype(jnp.float32), lpmm.dequantize(params))
 
-  @jax.jit
-  def store(weights):
+
+def first(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x[0], tree)
+
+
+def over_seeds(fn: Callable, count: int) -> Callable:
+  """Over the first axis of all arrays: under vmap, or, for one seed, as it is, for vmap turns every cond into both."""
+  if count > 1:
+    return jax.vmap(fn)
+  return lambda *args: jax.tree.map(lambda x: x[None], fn(*first(args)))
+
+
+def train(
+  task: Task, method: Method, microbatches: int, seeds: list[int], report: Callable[[int], None]
+) -> list[Outcome]:
+  """One run per seed, all at once.
+
+  Args:
+    task: what is trained.
+    method: how.
+    microbatches: into which each batch is split.
+    seeds: of the first weights, the batches and the rounding.
+    report: called with the number of steps done.
+
+  Returns:
+    The runs in the order of their seeds. Everything in between has a first axis of seeds.
+  """
+  tx = make_optimizer(task, method, microbatches, jax.random.key(0))
+
+  def store(seed, weights):
     if isinstance(method.params, lpmm.Format):
       params = lpmm.quantize(weights, method.params)
     else:
       params = jax.tree.map(lambda x: x.astype(method.params), weights)
-    return params, tx.init(params)
+    return params, make_optimizer(task, method, microbatches, jax.random.key(seed)).init(params)
 
-  @partial(jax.jit, donate_argnums=(0, 1, 2))
   def step(params, opt_state, extra, *batch):
+    # Computed in float32 whatever is stored.
     grad_fn = jax.value_and_grad(task.loss, has_aux=True)
-    (loss, extra), grads = grad_fn(lpmm.dequantize(params), extra, *batch)
+    (loss, extra), grads = grad_fn(to_float32(params), extra, *batch)
     params, opt_state = lpmm.step(tx, grads, params, opt_state)
     return params, opt_state, extra, loss
 
-  params, opt_state = store(weights)
-  state = (params, opt_state, extra)
-  bytes_per_param = lpmm.memory_report(params, opt_state).bytes_per_param
-  losses, underflow = [], []
-  velocity_form = method.baseline.endswith('velocity') and isinstance(method.params, lpmm.Format) and microbatches == 1
-  measure = jax.jit(lambda params, opt_state: lpmm.underflow_report(params, wanted_update(opt_state)))
+  def measure(params, opt_state):
+    return lpmm.underflow_report(params, wanted_update(opt_state))
+
+  store, measure = (jax.jit(over_seeds(fn, len(seeds))) for fn in (store, measure))
+  step = jax.jit(over_seeds(step, len(seeds)), donate_argnums=(0, 1, 2))
+  initial = [task.init(seed) for seed in seeds]
+  weights, extra = jax.tree.map(lambda *x: jnp.stack(x), *initial)
+  params, opt_state = store(jnp.asarray(seeds, jnp.uint32), weights)
+  bytes_per_param = lpmm.memory_report(*first((params, opt_state))).bytes_per_param
+  has_velocity = method.baseline.endswith('velocity') and isinstance(method.params, lpmm.Format) and microbatches == 1
+
+  state, losses, underflow = (params, opt_state, extra), [], []
   start = time.perf_counter()
   for i in range(task.steps):
-    batch = task.batch(seed, i)
-    parts = zip(*(np.split(np.asarray(x), microbatches) for x in batch), strict=True)
+    batch = [np.stack(x) for x in zip(*(task.batch(seed, i) for seed in seeds), strict=True)]
+    parts = zip(*(np.split(x, microbatches, axis=1) for x in batch), strict=True)
     values = []
     for part in parts:
       *state, loss = step(*state, *part)
       values.append(loss)
-    losses.append(sum(map(float, values)) / microbatches)
-    if velocity_form and (i + 1) % max(1, task.steps // UNDERFLOW_POINTS) == 0:
+    losses.append(np.mean(values, axis=0))
+    if has_velocity and (i + 1) % max(1, task.steps // UNDERFLOW_POINTS) == 0:
       by_leaf = measure(state[0], state[1])
-      underflow.append([i + 1, *(float(np.mean(x)) for x in zip(*by_leaf.values(), strict=True))])
+      underflow.append((i + 1, np.mean([np.asarray(x) for x in by_leaf.values()], axis=0)))
     report(i + 1)
-  params, _, extra = state
-  weights = jax.tree.map(lambda x: x.astype(jnp.float32), lpmm.dequantize(params))
-  moved = sum(float(jnp.sum((a - b) ** 2)) for a, b in zip(*map(jax.tree.leaves, (weights, initial)), strict=True))
-  return (
-    weights,
-    extra,
-    {
+  seconds = time.perf_counter() - start
+
+  outcomes = []
+  for i, (first_weights, first_extra) in enumerate(initial):
+    weights, extra = jax.tree.map(lambda x, i=i: x[i], (to_float32(state[0]), state[2]))
+    moved = jax.tree.map(lambda a, b: a - b, weights, first_weights)
+    curve = [float(x[i]) for x in losses]
+    results = {
       'metric': task.evaluate(weights, extra),
-      'initial_metric': task.evaluate(initial, task.init(seed)[1]),
-      'train_loss': float(np.mean(losses[-max(1, task.steps // 20) :])),
-      'distance': math.sqrt(moved),
+      'initial_metric': task.evaluate(first_weights, first_extra),
+      'train_loss': float(np.mean(curve[-max(1, task.steps // 20) :])),
+      'distance': float(optax.tree.norm(moved)),
       'bytes_per_param': bytes_per_param,
-      'seconds': time.perf_counter() - start,
-      'curve': thinned(losses),
-      'underflow': underflow,
-    },
-  )
+      'seconds': seconds,
+      'runs_together': len(seeds),
+      'curve': thinned(curve),
+      'underflow': [[step, *map(float, shares[:, i])] for step, shares in underflow],
+    }
+    outcomes.append(Outcome(weights, extra, results))
+  return outcomes
 
 
 def thinned(losses: list[float]) -> list[tuple[int, float]]:
@@ -418,16 +368,66 @@ def about() -> dict[str, Any]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   add = parser.add_argument
-  add('--tasks', nargs='+', choices=TASKS, default=['digits'], metavar='TASK', help=f'of {", ".join(TASKS)}')
+  add('--tasks', nargs='+', choices=TASKS, default=[], metavar='TASK', help=f'of {", ".join(TASKS)}')
   add('--methods', nargs='+', choices=METHODS, metavar='METHOD', help='(default all that fit the task)')
   add('--microbatches', nargs='+', type=int, default=[1, 8], metavar='N', help='(default 1 8)')
+  add('--ablations', nargs='+', choices=ABLATIONS, default=[], metavar='NAME', help=f'of {", ".join(ABLATIONS)}')
   add('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='SEED', help='(default 0 1 2)')
+  add('--together', action='store_true', help='all seeds of a configuration at once, under vmap')
   add('--text', type=Path, metavar='FILE', help="for the tasks of characters (default: Python's help)")
   add('--cifar10', type=Path, metavar='DIR', help='where the archive of CIFAR-10 was unpacked')
   add('--epochs', type=int, default=200, help='of CIFAR-10 (default %(default)s)')
   add('--results', type=Path, default=DEFAULT_RESULTS, metavar='FILE', help='(default %(default)s)')
-  add('--list', action='store_true', help='list the methods, and stop')
-  return parser.parse_args(argv)
+  add('--list', action='store_true', help='list methods and ablations, and stop')
+  args = parser.parse_args(argv)
+  if not (args.tasks or args.ablations or args.list):
+    parser.error('nothing to do: name --tasks or --ablations')
+  return args
+
+
+def table_points(args: argparse.Namespace, optimizers: Collection[str]) -> list[Point]:
+  """Methods x microbatches, as far as they fit."""
+  return [
+    Point(name, count)
+    for count in args.microbatches
+    for name in args.methods or METHODS
+    if METHODS[name].optimizer in optimizers and (count == 1 or METHODS[name].accumulator is not None)
+  ]
+
+
+def ablation_points(ablation: Ablation) -> list[Point]:
+  """Each preceded by its baseline."""
+  points = [point for line in ablation.lines.values() for point in line.values()]
+  return [x for point in points for x in (point._replace(method=ALL_METHODS[point.method].baseline), point)]
+
+
+def run(args: argparse.Namespace, task_name: str, task: Task, points: list[Point]) -> None:
+  """What the file lacks of points x seeds, appended to it."""
+  done = [run['config'] for run in read(args.results)]
+  todo: dict[tuple[str, int, int | None], list[dict[str, Any]]] = {}
+  for seed in args.seeds:
+    for method, count, _ in points:
+      config = {'task': task_name, 'settings': task.settings, 'method': method, 'microbatches': count, 'seed': seed}
+      if config not in done:
+        done.append(config)
+        todo.setdefault((method, count, None if args.together else seed), []).append(config)
+  columns = (TextColumn('{task.description}'), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn())
+  with Progress(*columns, console=Console(stderr=True)) as progress:
+    all_runs = progress.add_task(task_name, total=len(todo))
+    for (method, count, _), configs in todo.items():
+      seeds = [config['seed'] for config in configs]
+      title = f'{task_name} {method} x{count} seed {" ".join(map(str, seeds))}'
+      bar = progress.add_task(title, total=task.steps)
+      advance = lambda step, bar=bar: progress.update(bar, completed=step)
+      with jax.numpy_dtype_promotion('standard'):
+        outcomes = train(task, ALL_METHODS[method], count, seeds, advance)
+      with args.results.open('a') as out:
+        for config, outcome in zip(configs, outcomes, strict=True):
+          out.write(json.dumps({'config': config, 'results': outcome.results} | about()) + '\n')
+      progress.remove_task(bar)
+      progress.advance(all_runs)
+      metrics = ' '.join(f'{outcome.results["metric"]:.4f}' for outcome in outcomes)
+      progress.console.print(f'{title}: {task.metric} {metrics}', highlight=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -435,34 +435,19 @@ def main(argv: list[str] | None = None) -> None:
   if args.list:
     for name, method in METHODS.items():
       print(f'{name:<20}{method.summary}')
+    for name, ablation in ABLATIONS.items():
+      print(f'{name:<20}{ablation.title} ({ablation.task})')
     return
-  done = [run['config'] for run in read(args.results)]
   args.results.parent.mkdir(parents=True, exist_ok=True)
-  columns = (TextColumn('{task.description}'), BarColumn(bar_width=12), MofNCompleteColumn(), TimeRemainingColumn())
-  for task_name in args.tasks:
-    task = TASKS[task_name](args)
-    configs = [
-      {'task': task_name, 'settings': task.settings, 'method': name, 'microbatches': count, 'seed': seed}
-      for seed in args.seeds
-      for count in args.microbatches
-      for name in args.methods or METHODS
-      if METHODS[name].optimizer in task.rates and (count == 1 or METHODS[name].accumulator is not None)
-    ]
-    todo = [config for config in configs if config not in done]
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-      all_runs = progress.add_task(task_name, total=len(todo))
-      for config in todo:
-        title = f'{config["method"]} x{config["microbatches"]} seed {config["seed"]}'
-        bar = progress.add_task(title, total=task.steps)
-        method = METHODS[config['method']]
-        with jax.numpy_dtype_promotion('standard'):
-          advance = lambda step, bar=bar: progress.update(bar, completed=step)
-          *_, results = train(task, method, config['microbatches'], config['seed'], advance)
-        with args.results.open('a') as out:
-          out.write(json.dumps({'config': config, 'results': results} | about()) + '\n')
-        progress.remove_task(bar)
-        progress.advance(all_runs)
-        progress.console.print(f'{task_name} {title}: {task.metric} {results["metric"]:.4f}', highlight=False)
+  for name in args.tasks:
+    task = TASKS[name](args)
+    run(args, name, task, table_points(args, task.rates))
+  for ablation in map(ABLATIONS.get, args.ablations):
+    by_settings: dict[tuple, list[Point]] = {}
+    for point in ablation_points(ablation):
+      by_settings.setdefault(tuple(point.settings.items()), []).append(point)
+    for settings, points in by_settings.items():
+      run(args, ablation.task, TASKS[ablation.task](args, **dict(settings)), points)
 
 
 if __name__ == '__main__':

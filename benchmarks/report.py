@@ -1,4 +1,4 @@
-"""Tables and plots of the runs that `benchmarks/accuracy.py` has made: docs/results.md and its figures.
+"""Tables and plots of the runs that `benchmarks/accuracy.py` has made: docs/results.md, its figures, README's summary.
 
   python benchmarks/report.py
 
@@ -17,6 +17,10 @@ from typing import NamedTuple
 import accuracy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from methods import ABLATIONS
+from methods import METHODS
+from methods import Ablation
+from methods import Point
 import numpy as np
 from scipy import stats
 
@@ -32,6 +36,18 @@ METRICS = {
   'chars': ('validation loss, nats', 4),
   'chars-finetune': ('validation loss, nats', 4),
 }
+# Rows of the summary in README.md, and the comments between which it stands.
+SUMMARY = (
+  'sgdm-fp32-velocity',
+  'sgdm-8',
+  'sgdm-fp32',
+  'sgdm-8-paper',
+  'sgdm-8-nearest',
+  'adamw-fp32',
+  'adamw-8',
+  'adamw-8-nearest',
+)
+BEGIN, END = '<!-- Begin: made by benchmarks/report.py -->', '<!-- End -->'
 INTRODUCTION = """# Results
 
 Made by `python benchmarks/report.py` from the runs in `{results}`, which `benchmarks/accuracy.py` appends to. All
@@ -68,10 +84,14 @@ class Group(NamedTuple):
 
   def differences(self, row: Row) -> list[float]:
     """To the baseline, of the seeds that both have; none for the baseline itself."""
-    baseline = self.rows.get((accuracy.METHODS[row.method].baseline, row.microbatches))
+    baseline = self.rows.get((accuracy.ALL_METHODS[row.method].baseline, row.microbatches))
     if baseline is None or baseline is row:
       return []
     return [row.runs[seed]['metric'] - baseline.runs[seed]['metric'] for seed in row.runs.keys() & baseline.runs.keys()]
+
+  def table_rows(self) -> list[Row]:
+    """Without those of ablations alone."""
+    return [row for row in self.rows.values() if row.method in METHODS]
 
 
 def group(runs: list[dict[str, Any]]) -> list[Group]:
@@ -79,7 +99,7 @@ def group(runs: list[dict[str, Any]]) -> list[Group]:
   groups: dict[str, Group] = {}
   order = lambda run: (
     list(accuracy.TASKS).index(run['config']['task']),
-    list(accuracy.METHODS).index(run['config']['method']),
+    list(accuracy.ALL_METHODS).index(run['config']['method']),
     run['config']['microbatches'],
     run['config']['seed'],
   )
@@ -90,6 +110,39 @@ def group(runs: list[dict[str, Any]]) -> list[Group]:
     name = config['method'], config['microbatches']
     found.rows.setdefault(name, Row(*name, {})).runs[config['seed']] = run['results']
   return list(groups.values())
+
+
+def base_of(groups: list[Group], task: str) -> Group | None:
+  """Of the settings of a task, those with the most methods, from which ablations depart."""
+  return max((found for found in groups if found.task == task), key=lambda found: len(found.rows), default=None)
+
+
+def departed(base: Group, point: Point) -> dict[str, Any]:
+  """The settings of a point of an ablation."""
+  return base.settings | dict(point.settings)
+
+
+def point_differences(groups: list[Group], ablation: Ablation, point: Point) -> list[float]:
+  """To float32, of every seed; none where there are no runs."""
+  base = base_of(groups, ablation.task)
+  for found in groups:
+    row = found.rows.get((point.method, point.microbatches))
+    if base is not None and row is not None and found.settings == departed(base, point) and found.task == base.task:
+      return found.differences(row)
+  return []
+
+
+def is_of_an_ablation(groups: list[Group], found: Group) -> bool:
+  """Whether a group is there for an ablation alone."""
+  base = base_of(groups, found.task)
+  points = [
+    point
+    for ablation in ABLATIONS.values()
+    if ablation.task == found.task
+    for line in ablation.lines.values()
+    for point in line.values()
+  ]
+  return found is not base and any(found.settings == departed(base, point) for point in points)
 
 
 def interval(values: list[float]) -> float:
@@ -104,6 +157,13 @@ def spread(values: list[float], decimals: int) -> str:
   return f'{statistics.fmean(values):.{decimals}f} ± {deviation:.{decimals}f}'
 
 
+def with_interval(differences: list[float], decimals: int) -> str:
+  """Empty if there are none."""
+  if not differences:
+    return ''
+  return f'{statistics.fmean(differences):+.{decimals}f} ± {interval(differences):.{decimals}f}'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,32 +175,87 @@ def table(found: Group) -> Iterator[str]:
   head = ['method', 'microbatches', 'seeds', metric, 'against float32', 'bytes/param']
   yield '| ' + ' | '.join(head) + ' |'
   yield '|' + '---|' * len(head)
-  for row in found.rows.values():
-    method, differences = accuracy.METHODS[row.method], found.differences(row)
-    against = ''
-    if differences:
-      against = f'{statistics.fmean(differences):+.{decimals}f} ± {interval(differences):.{decimals}f}'
+  for row in found.table_rows():
+    method = METHODS[row.method]
     cells = [
       f'{row.method}: {method.summary}',
       str(row.microbatches),
       str(len(row.runs)),
       spread(row.metric(), decimals),
-      against,
+      with_interval(found.differences(row), decimals),
       f'{row.metric("bytes_per_param")[0]:.2f}',
     ]
     yield '| ' + ' | '.join(cells) + ' |'
 
 
-def document(groups: list[Group], results: Path, figures: dict[int, list[str]]) -> str:
+def summary(groups: list[Group]) -> Iterator[str]:
+  """Of all tasks, one microbatch, in Markdown: the float32 methods' means, and the others' differences to them."""
+  bases = [found for task in TITLES if (found := base_of(groups, task)) is not None]
+  yield '| method | bytes/param | ' + ' | '.join(f'{found.task}: {METRICS[found.task][0]}' for found in bases) + ' |'
+  yield '|' + '---|' * (2 + len(bases))
+  for name in SUMMARY:
+    rows = [found.rows.get((name, 1)) for found in bases]
+    known = [row for row in rows if row is not None]
+    if not known:
+      continue
+    cells = [f'{name}: {METHODS[name].summary}', f'{known[-1].metric("bytes_per_param")[0]:.2f}']
+    for found, row in zip(bases, rows, strict=True):
+      if row is None:
+        cells.append('')
+        continue
+      decimals = METRICS[found.task][1]
+      text = with_interval(found.differences(row), decimals) or spread(row.metric(), decimals)
+      cells.append(f'{text} ({len(row.runs)} seeds)')
+    yield '| ' + ' | '.join(cells) + ' |'
+
+
+def with_summary(readme: str, lines: Iterator[str]) -> str:
+  """README.md with what is between the two comments replaced."""
+  before, rest = readme.split(BEGIN)
+  return before + '\n\n'.join([BEGIN, '\n'.join(lines), END]) + rest.split(END, 1)[1]
+
+
+def axis_of(ablation: Ablation) -> list[str]:
+  """What varies, in order."""
+  return list(dict.fromkeys(x for line in ablation.lines.values() for x in line))
+
+
+def ablation_table(groups: list[Group], ablation: Ablation) -> Iterator[str]:
+  """In Markdown."""
+  axis, decimals = axis_of(ablation), METRICS[ablation.task][1]
+  yield f'| {ablation.axis} | ' + ' | '.join(axis) + ' |'
+  yield '|' + '---|' * (1 + len(axis))
+  for label, line in ablation.lines.items():
+    cells = [with_interval(point_differences(groups, ablation, line[x]), decimals) if x in line else '' for x in axis]
+    yield f'| {label} | ' + ' | '.join(cells) + ' |'
+
+
+def document(groups: list[Group], results: Path, figures: dict[int, list[str]], ablations: dict[str, str]) -> str:
+  """All sections.
+
+  Args:
+    groups: of runs.
+    results: the file they are from.
+    figures: of every group that is a section, by its place.
+    ablations: figures by name.
+  """
   parts = [INTRODUCTION.format(results=results)]
-  for i, found in enumerate(groups):
+  for i, names in figures.items():
+    found = groups[i]
     parts.append(f'## {TITLES[found.task]}\n')
     settings = ', '.join(f'{name} {value}' for name, value in found.settings.items())
     metric, decimals = METRICS[found.task]
-    initial = statistics.fmean(x for row in found.rows.values() for x in row.metric('initial_metric'))
+    initial = statistics.fmean(x for row in found.table_rows() for x in row.metric('initial_metric'))
     parts.append(f'Settings: {settings}. At the start, {metric}: {initial:.{decimals}f}.\n')
     parts.append('\n'.join(table(found)) + '\n')
-    parts += [f'![{name}](figures/{name})\n' for name in figures.get(i, [])]
+    parts += [f'![{name}](figures/{name})\n' for name in names]
+  if ablations:
+    parts.append('## Ablations\n\nDifferences to float32 with everything else equal, and 95 % intervals.\n')
+  for name, figure in ablations.items():
+    ablation = ABLATIONS[name]
+    parts.append(f'### {ablation.title.capitalize()}\n\n{TITLES[ablation.task]}: {METRICS[ablation.task][0]}.\n')
+    parts.append('\n'.join(ablation_table(groups, ablation)) + '\n')
+    parts.append(f'![{figure}](figures/{figure})\n')
   return '\n'.join(parts)
 
 
@@ -158,7 +273,7 @@ def save(figure: Figure, file: Path) -> str:
 
 def plot_differences(found: Group, file: Path) -> str | None:
   """Every method against float32, with its interval."""
-  rows = [(row, found.differences(row)) for row in found.rows.values()]
+  rows = [(row, found.differences(row)) for row in found.table_rows()]
   rows = [(row, differences) for row, differences in rows if len(differences) > 1]
   if not rows:
     return None
@@ -178,12 +293,12 @@ def plot_differences(found: Group, file: Path) -> str | None:
 
 def plot_curves(found: Group, file: Path) -> str:
   """Training losses with one microbatch, means over seeds."""
-  rows = [row for row in found.rows.values() if row.microbatches == 1]
-  optimizers = sorted({accuracy.METHODS[row.method].optimizer for row in rows})
+  rows = [row for row in found.table_rows() if row.microbatches == 1]
+  optimizers = sorted({METHODS[row.method].optimizer for row in rows})
   figure = Figure(figsize=(6 * len(optimizers), 4), layout='constrained')
   for axes, optimizer in zip(figure.subplots(1, len(optimizers), squeeze=False)[0], optimizers, strict=True):
     for row in rows:
-      if accuracy.METHODS[row.method].optimizer == optimizer:
+      if METHODS[row.method].optimizer == optimizer:
         curves = np.array([run['curve'] for run in row.runs.values()])
         axes.plot(curves[0, :, 0], curves[:, :, 1].mean(0), label=row.method, linewidth=1.2)
     axes.set(xlabel='step', ylabel='training loss', title=optimizer)
@@ -195,7 +310,7 @@ def plot_curves(found: Group, file: Path) -> str:
 
 def plot_underflow(found: Group, file: Path) -> str | None:
   """What share of the updates rounding to nearest would lose, over training."""
-  rows = [row for row in found.rows.values() if any(row.metric('underflow'))]
+  rows = [row for row in found.table_rows() if any(row.metric('underflow'))]
   if not rows:
     return None
   figure = Figure(figsize=(10, 3.6), layout='constrained')
@@ -214,25 +329,60 @@ def plot_underflow(found: Group, file: Path) -> str | None:
   return save(figure, file)
 
 
+def plot_ablation(groups: list[Group], ablation: Ablation, file: Path) -> str | None:
+  """Differences over what varies, each with its interval; None if some of its runs are not there yet."""
+  axis = axis_of(ablation)
+  lines = {
+    label: [(axis.index(x), point_differences(groups, ablation, point)) for x, point in line.items()]
+    for label, line in ablation.lines.items()
+  }
+  if any(len(differences) < 2 for points in lines.values() for _, differences in points):
+    return None
+  figure = Figure(figsize=(7, 3.6), layout='constrained')
+  axes = figure.subplots()
+  for i, (label, points) in enumerate(lines.items()):
+    shift = 0.06 * (i - (len(lines) - 1) / 2)
+    axes.errorbar(
+      [place + shift for place, _ in points],
+      [statistics.fmean(differences) for _, differences in points],
+      yerr=[interval(differences) for _, differences in points],
+      marker='o',
+      capsize=3,
+      linewidth=1.2,
+      label=label,
+    )
+  axes.axhline(0, color='black', linewidth=0.8)
+  axes.set_xticks(range(len(axis)), axis)
+  axes.set(xlabel=ablation.axis, ylabel=f'{METRICS[ablation.task][0]}\ndifference to float32', title=ablation.title)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize='small')
+  return save(figure, file)
+
+
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   add = parser.add_argument
   add('--results', type=Path, default=accuracy.DEFAULT_RESULTS, metavar='FILE', help='(default %(default)s)')
   add('--output', type=Path, default=Path('docs/results.md'), metavar='FILE', help='(default %(default)s)')
+  add('--readme', type=Path, default=Path('README.md'), metavar='FILE', help='(default %(default)s)')
   args = parser.parse_args(argv)
-  groups = group(accuracy.read(args.results))
+  groups, folder = group(accuracy.read(args.results)), args.output.parent / 'figures'
   figures = {}
   for i, found in enumerate(groups):
-    name = found.task if [other.task for other in groups].count(found.task) == 1 else f'{found.task}-{i}'
-    folder = args.output.parent / 'figures'
+    if is_of_an_ablation(groups, found):
+      continue
+    name = found.task if base_of(groups, found.task) is found else f'{found.task}-{i}'
     made = [
       plot_differences(found, folder / f'{name}-differences.png'),
       plot_curves(found, folder / f'{name}-curves.png'),
       plot_underflow(found, folder / f'{name}-underflow.png'),
     ]
     figures[i] = [file for file in made if file is not None]
-  args.output.write_text(document(groups, args.results, figures))
-  print(args.output)
+  made = {name: plot_ablation(groups, ablation, folder / f'{name}.png') for name, ablation in ABLATIONS.items()}
+  ablations = {name: file for name, file in made.items() if file is not None}
+  args.output.write_text(document(groups, args.results, figures, ablations))
+  args.readme.write_text(with_summary(args.readme.read_text(), summary(groups)))
+  print(args.output, args.readme)
 
 
 if __name__ == '__main__':

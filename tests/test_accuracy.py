@@ -1,7 +1,6 @@
 """The accuracy benchmark repeats no run that it has, and its report holds what the file does."""
 
 import importlib.util
-import json
 from pathlib import Path
 import sys
 
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import lpmm_optax as lpmm
 
 BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
 METHODS = ('sgdm-fp32', 'sgdm-fp32-velocity', 'sgdm-8-nearest', 'sgdm-8')
@@ -22,7 +23,12 @@ def load(name):
 
 
 @pytest.fixture(scope='module')
-def accuracy():
+def methods():
+  return load('methods')
+
+
+@pytest.fixture(scope='module')
+def accuracy(methods):
   return load('accuracy')
 
 
@@ -33,6 +39,7 @@ def report(accuracy):
 
 def regression(accuracy, settings):
   """Of a linear function, which the weights reach."""
+  settings = {'steps': 20} | settings
   target = jax.random.normal(jax.random.key(9), (64, 128))
 
   def batch(seed, step):
@@ -49,7 +56,7 @@ def regression(accuracy, settings):
     batch=batch,
     evaluate=lambda weights, extra: float(mean_square(weights, *batch(77, 0))),
     metric='validation loss',
-    steps=20,
+    steps=settings['steps'],
     rates={'sgdm': 0.5},
     weight_decay={'sgdm': 0.0},
     warmup=2,
@@ -59,36 +66,42 @@ def regression(accuracy, settings):
 
 
 @pytest.fixture(scope='module')
-def file(accuracy, tmp_path_factory):
-  """Results of four methods with one and two microbatches, over two seeds."""
+def file(accuracy, methods, tmp_path_factory):
+  """Results over two seeds: of four methods with one and two microbatches, and of an ablation of the steps."""
   file = tmp_path_factory.mktemp('accuracy') / 'results' / 'lines.jsonl'
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(accuracy.TASKS, 'chars', lambda args: regression(accuracy, {'width': 64}))
+    patch.setitem(accuracy.TASKS, 'chars', lambda args, **changed: regression(accuracy, changed))
+    points = {str(n): methods.Point('sgdm-8', 1, {} if n == 20 else {'steps': n}) for n in (10, 20)}
+    patch.setitem(methods.ABLATIONS, 'steps', methods.Ablation('chars', 'a test', 'steps', {'ours': points}))
     argv = ('--tasks', 'chars', '--methods', *METHODS, '--seeds', '0', '1', '--results', str(file))
     accuracy.main([*argv, '--microbatches', '1'])
-    accuracy.main([*argv, '--microbatches', '1', '2'])
-    trained = []
-    patch.setattr(accuracy, 'train', lambda *args: trained.append(args))
-    accuracy.main([*argv, '--microbatches', '1', '2'])
-    assert trained == []
-  return file
+    argv = (*argv, '--microbatches', '1', '2', '--ablations', 'steps')
+    accuracy.main([*argv, '--together'])
+    with pytest.MonkeyPatch.context() as nothing:
+      nothing.setattr(accuracy, 'train', None)  # A run that is made again fails.
+      accuracy.main(argv)
+    yield file
 
 
 def test_every_run_is_made_once(accuracy, file):
   configs = [run['config'] for run in accuracy.read(file)]
-  names = [(config['seed'], config['method'], config['microbatches']) for config in configs]
-  assert sorted(names) == sorted((seed, name, count) for seed in (0, 1) for name in METHODS for count in (1, 2))
-  assert all(config['settings'] == {'width': 64} and config['task'] == 'chars' for config in configs)
+  assert all(config['task'] == 'chars' for config in configs)
+  names = [(config['settings']['steps'], *list(config.values())[2:]) for config in configs]
+  expected = [(20, name, count, seed) for name in METHODS for count in (1, 2) for seed in (0, 1)]
+  expected += [(10, name, 1, seed) for name in ('sgdm-8', 'sgdm-fp32-velocity') for seed in (0, 1)]
+  assert sorted(names) == sorted(expected)
 
 
 def test_a_run_holds_what_it_takes_to_judge_it(accuracy, file):
-  for run in accuracy.read(file):
+  runs = [run for run in accuracy.read(file) if run['config']['settings']['steps'] == 20]
+  for run in runs:
     results = run['results']
     assert run['versions']['jax'] == jax.__version__
     assert results['metric'] < 0.5 * results['initial_metric']
     assert results['curve'][-1][0] == 20
     assert results['distance'] > 0
-  by_name = {(r['config']['method'], r['config']['microbatches']): r['results'] for r in accuracy.read(file)}
+    assert results['runs_together'] == run['config']['microbatches']
+  by_name = {(r['config']['method'], r['config']['microbatches']): r['results'] for r in runs}
   assert by_name['sgdm-fp32', 1]['bytes_per_param'] == pytest.approx(8, rel=1e-3)
   assert by_name['sgdm-8', 1]['bytes_per_param'] < by_name['sgdm-8-nearest', 2]['bytes_per_param'] < 3.1
   # Microbatches of float32 are the batch.
@@ -100,13 +113,45 @@ def test_a_run_holds_what_it_takes_to_judge_it(accuracy, file):
   assert underflow[-1][2] < underflow[0][2]
 
 
+@pytest.mark.parametrize(('name', 'microbatches'), [('sgdm-8', 1), ('sgdm-8-nearest', 2)])
+def test_seeds_together_end_as_each_alone(accuracy, methods, name, microbatches):
+  task = regression(accuracy, {'steps': 5})
+  train = lambda seeds: accuracy.train(task, methods.METHODS[name], microbatches, seeds, lambda step: None)
+  for seed, together in zip((3, 5), train([3, 5]), strict=True):
+    (alone,) = train([seed])
+    np.testing.assert_allclose(together.weights['w'], alone.weights['w'], rtol=0, atol=1e-5)
+    assert together.results['metric'] == pytest.approx(alone.results['metric'], rel=1e-4)
+    np.testing.assert_allclose(together.results['underflow'], alone.results['underflow'], rtol=1e-3)
+
+
+def test_ablations_name_methods_that_there_are(accuracy, methods):
+  for ablation in methods.ABLATIONS.values():
+    assert ablation.task in accuracy.TASKS
+    for point in accuracy.ablation_points(ablation):
+      assert point.method in accuracy.ALL_METHODS
+
+
+def test_few_random_bits_lose_what_is_under_half_of_their_resolution(methods):
+  simulated = methods.Simulated(random_bits=4)
+  # The first of each block is its largest; it stays where it is, and so does the grid.
+  is_first = jnp.zeros((64, 128), bool).at[:, ::64].set(True)
+  params = {'w': lpmm.quantize(jnp.where(is_first, 1.0, 0.5), simulated)}
+  step = float(lpmm.dequantize(params['w'])[0, 0]) / int(params['w'].codes[0, 0])
+  for update, moves in ((0.45 / 16, False), (0.55 / 16, True), (1 / 3, True)):
+    tx = lpmm.sgdm(update * step, 0.0, error_feedback=False, formats=None)
+    moved, _ = lpmm.step(tx, {'w': jnp.where(is_first, 0.0, 1.0)}, params, tx.init(params))
+    assert bool(jnp.any(moved['w'].codes != params['w'].codes)) == moves
+
+
 def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, tmp_path):
-  output = tmp_path / 'docs' / 'results.md'
-  report.main(['--results', str(file), '--output', str(output)])
+  output, readme = tmp_path / 'docs' / 'results.md', tmp_path / 'README.md'
+  readme.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
+  report.main(['--results', str(file), '--output', str(output), '--readme', str(readme)])
   text = output.read_text()
   runs = {}
-  for line in file.read_text().splitlines():
-    run = json.loads(line)
+  for run in accuracy.read(file):
+    if run['config']['settings']['steps'] == 10:
+      continue
     runs.setdefault((run['config']['method'], run['config']['microbatches']), []).append(run['results']['metric'])
   ours, base = np.array(runs['sgdm-8', 2]), np.array(runs['sgdm-fp32-velocity', 2])
   (row,) = [line for line in text.splitlines() if line.startswith('| sgdm-8:') and '| 2 | 2 |' in line]
@@ -119,5 +164,17 @@ def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, 
   # A baseline is compared with nothing.
   assert all(line.split('|')[5].strip() == '' for line in text.splitlines() if line.startswith('| sgdm-fp32'))
   named = [line[line.index('(') + 1 : -1] for line in text.splitlines() if line.startswith('![')]
-  assert len(named) == 3
+  # Ablations whose runs are not all there are left out.
+  assert len(named) == 4
   assert all((output.parent / name).stat().st_size > 10_000 for name in named)
+  # The ablation, beside what it departs from.
+  (row,) = [line for line in text.splitlines() if line.startswith('| ours |')]
+  base = [line for line in text.splitlines() if line.startswith('| sgdm-8:') and '| 1 | 2 |' in line]
+  assert len(base) == 1
+  assert row.split('|')[3].strip() == base[0].split('|')[5].strip()
+  assert row.split('|')[2].strip() not in ('', row.split('|')[3].strip())
+  # README's summary, and nothing else of it.
+  lines = readme.read_text().splitlines()
+  assert (lines[0], lines[-1]) == ('before', 'after')
+  assert 'old' not in lines
+  assert [line for line in lines if line.startswith('| sgdm-8:') and base[0].split('|')[5].strip() in line]

@@ -1,0 +1,271 @@
+"""What `benchmarks/accuracy.py` trains by: the methods of its tables, and those of its ablations.
+
+A method is an optimizer with formats; a new one is an entry of METHODS. An ablation is a figure with one thing varied
+along its axis; its variants are methods too, which are in no table.
+"""
+
+from collections.abc import Callable
+from collections.abc import Mapping
+import dataclasses
+import types
+from typing import Any
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lpmm_optax as lpmm
+
+MOMENTUM = 0.9
+B1, B2 = 0.9, 0.95
+
+NEAREST = dataclasses.replace(lpmm.INT8, rounding='nearest')
+BFLOAT16_NEAREST = dataclasses.replace(lpmm.BFLOAT16, rounding='nearest')
+ADAM_NEAREST = {'mu': NEAREST, 'nu': dataclasses.replace(lpmm.UINT8_SQRT, rounding='nearest')}
+
+
+class Method(NamedTuple):
+  """How it is trained.
+
+  Attributes:
+    optimizer: 'sgdm' or 'adamw'.
+    params: the format of parameters, or their dtype.
+    make_tx: of a task's hyperparameters and a key.
+    accumulator: ours for microbatches, 'optax' for that of Optax, None for a method that takes no microbatches.
+    baseline: in float32, with which it is compared.
+    summary: for tables.
+  """
+
+  optimizer: str
+  params: Any
+  make_tx: Callable[..., optax.GradientTransformation]
+  accumulator: Any
+  baseline: str
+  summary: str
+
+
+def optax_sgd(rate, decay, key):
+  return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, MOMENTUM))
+
+
+def optax_velocity(rate, decay, key):
+  """Each gradient at the rate at which it came, as error feedback has it."""
+  return optax.chain(optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate), optax.trace(MOMENTUM))
+
+
+def optax_adamw(rate, decay, key):
+  return optax.adamw(rate, B1, B2, weight_decay=decay)
+
+
+def our_sgdm(formats=lpmm.INT8, error_feedback=True):
+  return lambda rate, decay, key: lpmm.sgdm(
+    rate, MOMENTUM, weight_decay=decay, formats=formats, error_feedback=error_feedback, key=key
+  )
+
+
+def our_adamw(error_feedback=True, formats='default'):
+  return lambda rate, decay, key: lpmm.adamw(
+    rate, B1, B2, weight_decay=decay, error_feedback=error_feedback, formats=formats, key=key
+  )
+
+
+def flash_adamw(rate, decay, key):
+  """It has a step of its own, and no updates."""
+  import flashoptim_jax as flashoptim  # For this method alone.
+
+  tx = flashoptim.flash_adamw(rate, B1, B2, weight_decay=decay, fused=jax.default_backend() == 'gpu')
+  step = lambda grads, params, opt_state: tx.step(params, opt_state, grads)
+  return lpmm.InPlaceTransformation(tx.init, None, step, obstacles=lambda params: {})
+
+
+INTO = lpmm.INTO_MOMENTUM
+METHODS = {
+  'sgdm-fp32': Method('sgdm', jnp.float32, optax_sgd, 'optax', 'sgdm-fp32', 'optax.sgd, float32'),
+  'sgdm-fp32-velocity': Method(
+    'sgdm', jnp.float32, optax_velocity, 'optax', 'sgdm-fp32-velocity', 'velocity form, float32'
+  ),
+  'sgdm-bf16-nearest': Method(
+    'sgdm', BFLOAT16_NEAREST, our_sgdm(BFLOAT16_NEAREST, False), BFLOAT16_NEAREST, 'sgdm-fp32', 'bfloat16, nearest'
+  ),
+  'sgdm-bf16': Method(
+    'sgdm', lpmm.BFLOAT16, our_sgdm(lpmm.BFLOAT16, False), lpmm.BFLOAT16, 'sgdm-fp32', 'bfloat16, stochastic'
+  ),
+  'sgdm-8-nearest': Method('sgdm', NEAREST, our_sgdm(NEAREST, False), NEAREST, 'sgdm-fp32', '8/8/8, nearest'),
+  'sgdm-8-paper': Method(
+    'sgdm', lpmm.INT8, our_sgdm(lpmm.INT8, False), lpmm.INT8, 'sgdm-fp32', "8/8/8, stochastic (the paper's)"
+  ),
+  'sgdm-8': Method(
+    'sgdm', lpmm.INT8, our_sgdm(), INTO, 'sgdm-fp32-velocity', '8/8 into momentum, feedback (recommended)'
+  ),
+  'sgdm-16/8': Method(
+    'sgdm', lpmm.INT16, our_sgdm(), INTO, 'sgdm-fp32-velocity', '16-bit parameters, 8-bit momentum, feedback'
+  ),
+  'sgdm-8/4': Method('sgdm', lpmm.INT8, our_sgdm(lpmm.INT4, False), lpmm.INT8, 'sgdm-fp32', '8/4/8, stochastic'),
+  'sgdm-4/8': Method(
+    'sgdm', lpmm.INT4, our_sgdm(), INTO, 'sgdm-fp32-velocity', '4-bit parameters, 8-bit momentum, feedback'
+  ),
+  'adamw-fp32': Method('adamw', jnp.float32, optax_adamw, 'optax', 'adamw-fp32', 'optax.adamw, float32'),
+  'adamw-8': Method(
+    'adamw', lpmm.INT8, our_adamw(), lpmm.INT8, 'adamw-fp32', '8/8/8 and accumulator, feedback (recommended)'
+  ),
+  'adamw-8-nearest': Method(
+    'adamw', NEAREST, our_adamw(False, ADAM_NEAREST), NEAREST, 'adamw-fp32', '8/8/8 and accumulator, nearest'
+  ),
+  'adamw-8-plain': Method(
+    'adamw', lpmm.INT8, our_adamw(False), lpmm.INT8, 'adamw-fp32', '8/8/8 and accumulator, stochastic'
+  ),
+  'adamw-flash': Method('adamw', jnp.bfloat16, flash_adamw, None, 'adamw-fp32', 'flashoptim-jax'),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablations
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulated(lpmm.Format):
+  """A format that rounds with another number of random bits: updates under a step / 2^(bits + 1) are lost.
+
+  Attributes:
+    random_bits: how far the fraction to be rounded is resolved, at least 1.
+  """
+
+  random_bits: int = 1
+
+  @property
+  def fraction_bits(self) -> int:
+    """Random bits per rounding."""
+    return self.random_bits
+
+
+class Point(NamedTuple):
+  """What is run at one place of the axis: a method, microbatches, and settings in which the task differs."""
+
+  method: str
+  microbatches: int = 1
+  settings: Mapping[str, int] = types.MappingProxyType({})
+
+
+class Ablation(NamedTuple):
+  """A figure: differences to float32 with everything else equal.
+
+  Attributes:
+    task: that is trained.
+    title: of the figure.
+    axis: what varies.
+    lines: by label, a point for each value on the axis.
+  """
+
+  task: str
+  title: str
+  axis: str
+  lines: dict[str, dict[str, Point]]
+
+
+FEEDBACK, PLAIN = 'stochastic, feedback', 'stochastic alone'
+BASES = {FEEDBACK: 'sgdm-8', PLAIN: 'sgdm-8-paper'}
+# Where nothing is simulated, and what the presets have.
+PRESET_BLOCK, PRESET_RANDOM_BITS = 64, lpmm.INT8.fraction_bits
+
+
+def with_params(base: str, fmt: lpmm.Format, what: str) -> Method:
+  return METHODS[base]._replace(params=fmt, summary=f'{METHODS[base].summary}, {what}')
+
+
+VARIANTS = {
+  'sgdm-4-paper': with_params('sgdm-8-paper', lpmm.INT4, '4-bit parameters'),
+  'sgdm-16-paper': with_params('sgdm-8-paper', lpmm.INT16, '16-bit parameters'),
+}
+for _base in BASES.values():
+  for _size in (8, 16, 256):
+    _format = dataclasses.replace(lpmm.INT8, block_size=_size)
+    VARIANTS[f'{_base}/blocks-of-{_size}'] = with_params(_base, _format, f'parameters in blocks of {_size}')
+  for _bits in (1, 2, 4, 8, 12):
+    VARIANTS[f'{_base}/{_bits}-random-bits'] = with_params(
+      _base, Simulated(random_bits=_bits), f'parameters rounded with {_bits} random bits'
+    )
+
+
+def block_size(base: str, size: int) -> Point:
+  return Point(base if size == PRESET_BLOCK else f'{base}/blocks-of-{size}')
+
+
+def random_bits(base: str, bits: int) -> Point:
+  return Point(base if bits == PRESET_RANDOM_BITS else f'{base}/{bits}-random-bits')
+
+
+def fewer_updates(method: str, microbatches: int) -> Point:
+  """As many examples in all, four per microbatch."""
+  return Point(method, microbatches, {'batch_size': 4 * microbatches, 'steps': 4000 // microbatches})
+
+
+ABLATIONS = {
+  'parameter-bits': Ablation(
+    'chars',
+    'bits of the parameters',
+    'bits',
+    {
+      FEEDBACK: {'4': Point('sgdm-4/8'), '8': Point('sgdm-8'), '16': Point('sgdm-16/8')},
+      PLAIN: {'4': Point('sgdm-4-paper'), '8': Point('sgdm-8-paper'), '16': Point('sgdm-16-paper')},
+    },
+  ),
+  'block-size': Ablation(
+    'chars',
+    'block size of the parameters',
+    'parameters that share a scale',
+    {label: {str(n): block_size(base, n) for n in (8, 16, 64, 256)} for label, base in BASES.items()},
+  ),
+  'random-bits': Ablation(
+    'chars-finetune',
+    'random bits per rounding of a parameter',
+    'bits',
+    {label: {str(n): random_bits(base, n) for n in (1, 2, 4, 8, 12, 22)} for label, base in BASES.items()},
+  ),
+  'rounding': Ablation(
+    'chars-finetune',
+    'stochastic against nearest',
+    'parameters and state',
+    {
+      'nearest': {
+        'SGDM, bfloat16': Point('sgdm-bf16-nearest'),
+        'SGDM, 8 bits': Point('sgdm-8-nearest'),
+        'AdamW, 8 bits': Point('adamw-8-nearest'),
+      },
+      'stochastic': {
+        'SGDM, bfloat16': Point('sgdm-bf16'),
+        'SGDM, 8 bits': Point('sgdm-8-paper'),
+        'AdamW, 8 bits': Point('adamw-8-plain'),
+      },
+    },
+  ),
+  'feedback': Ablation(
+    'chars-finetune',
+    'error feedback on and off',
+    'microbatches',
+    {
+      'SGDM, on': {'1': Point('sgdm-8'), '8': Point('sgdm-8', 8)},
+      'SGDM, off': {'1': Point('sgdm-8-paper'), '8': Point('sgdm-8-paper', 8)},
+      'AdamW, on': {'1': Point('adamw-8'), '8': Point('adamw-8', 8)},
+      'AdamW, off': {'1': Point('adamw-8-plain'), '8': Point('adamw-8-plain', 8)},
+    },
+  ),
+  'microbatches': Ablation(
+    'chars',
+    'microbatches of one batch',
+    'microbatches of a batch of 16',
+    {
+      '8/8 into momentum, feedback': {str(n): Point('sgdm-8', n) for n in (1, 2, 4, 8)},
+      "8/8/8, stochastic (the paper's)": {str(n): Point('sgdm-8-paper', n) for n in (1, 2, 4, 8)},
+    },
+  ),
+  'fewer-updates': Ablation(
+    'chars',
+    'microbatches of four, accumulated into fewer, larger updates',
+    'microbatches per update, of 16000 examples in all',
+    {
+      'stochastic': {str(n): fewer_updates('sgdm-8-paper', n) for n in (1, 4, 16)},
+      'nearest': {str(n): fewer_updates('sgdm-8-nearest', n) for n in (1, 4, 16)},
+    },
+  ),
+}
