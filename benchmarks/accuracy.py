@@ -6,8 +6,9 @@
   python benchmarks/accuracy.py --ablations block-size random-bits --text tinyshakespeare.txt
   python benchmarks/accuracy.py --list
 
-A run is named by task, settings of the task, method, microbatches and seed. One that is in the file already is not
-repeated; one that was interrupted is, from its start. `benchmarks/report.py` makes tables and plots of the file.
+A run is named by task, settings of the task, method, hyperparameters, microbatches and seed. One that is in the file
+already is not repeated; one that was interrupted is, from its start. `benchmarks/report.py` makes tables and plots of
+the file.
 
 Seeds differ in the first weights, the batches and the rounding. All methods of a seed start from the same weights and
 see the same examples in the same order, however many microbatches they come in. With `--together`, all seeds of a
@@ -95,6 +96,17 @@ class Task(NamedTuple):
   warmup: int
   final: float
   clip: dict[str, float]
+
+  def hyperparameters(self, optimizer: str) -> dict[str, Any]:
+    """All that an optimizer is told."""
+    return {
+      'rate': self.rates[optimizer],
+      'weight_decay': self.weight_decay[optimizer],
+      'clip': self.clip.get(optimizer),
+      'steps': self.steps,
+      'warmup': self.warmup,
+      'final': self.final,
+    }
 
   def schedule(self, optimizer: str) -> optax.Schedule:
     """Of the optimizer's step."""
@@ -407,7 +419,14 @@ def run(args: argparse.Namespace, task_name: str, task: Task, points: list[Point
   todo: dict[tuple[str, int, int | None], list[dict[str, Any]]] = {}
   for seed in args.seeds:
     for method, count, _ in points:
-      config = {'task': task_name, 'settings': task.settings, 'method': method, 'microbatches': count, 'seed': seed}
+      config = {
+        'task': task_name,
+        'settings': task.settings,
+        'method': method,
+        'hyperparameters': task.hyperparameters(ALL_METHODS[method].optimizer),
+        'microbatches': count,
+        'seed': seed,
+      }
       if config not in done:
         done.append(config)
         todo.setdefault((method, count, None if args.together else seed), []).append(config)

@@ -53,7 +53,8 @@ INTRODUCTION = """# Results
 Made by `python benchmarks/report.py` from the runs in `{results}`, which `benchmarks/accuracy.py` appends to. All
 methods of a seed start from the same weights and see the same examples in the same order. Means and standard deviations
 are over seeds; differences are to the float32 method of the same form, within a seed and for the same number of
-microbatches, with 95 % intervals of Student's t. Three seeds give wide ones.
+microbatches, with 95 % intervals of Student's t. Three seeds give wide ones. This page is checked against the file
+(`tests/test_accuracy.py::test_documents_hold_what_the_runs_give`).
 """
 
 

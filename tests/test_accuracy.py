@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+import re
 import sys
 
 import jax
@@ -86,7 +87,7 @@ def file(accuracy, methods, tmp_path_factory):
 def test_every_run_is_made_once(accuracy, file):
   configs = [run['config'] for run in accuracy.read(file)]
   assert all(config['task'] == 'chars' for config in configs)
-  names = [(config['settings']['steps'], *list(config.values())[2:]) for config in configs]
+  names = [(config['settings']['steps'], *map(config.get, ('method', 'microbatches', 'seed'))) for config in configs]
   expected = [(20, name, count, seed) for name in METHODS for count in (1, 2) for seed in (0, 1)]
   expected += [(10, name, 1, seed) for name in ('sgdm-8', 'sgdm-fp32-velocity') for seed in (0, 1)]
   assert sorted(names) == sorted(expected)
@@ -94,9 +95,11 @@ def test_every_run_is_made_once(accuracy, file):
 
 def test_a_run_holds_what_it_takes_to_judge_it(accuracy, file):
   runs = [run for run in accuracy.read(file) if run['config']['settings']['steps'] == 20]
+  hyperparameters = {'rate': 0.5, 'weight_decay': 0.0, 'clip': None, 'steps': 20, 'warmup': 2, 'final': 0.1}
   for run in runs:
     results = run['results']
     assert run['versions']['jax'] == jax.__version__
+    assert run['config']['hyperparameters'] == hyperparameters
     assert results['metric'] < 0.5 * results['initial_metric']
     assert results['curve'][-1][0] == 20
     assert results['distance'] > 0
@@ -178,3 +181,16 @@ def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, 
   assert (lines[0], lines[-1]) == ('before', 'after')
   assert 'old' not in lines
   assert [line for line in lines if line.startswith('| sgdm-8:') and base[0].split('|')[5].strip() in line]
+
+
+def test_documents_hold_what_the_runs_give(report, tmp_path, monkeypatch):
+  root = BENCHMARKS.parent
+  monkeypatch.chdir(root)
+  monkeypatch.setattr(report, 'save', lambda figure, file: file.name)
+  output, readme = tmp_path / 'results.md', tmp_path / 'README.md'
+  readme.write_text((root / 'README.md').read_text())
+  report.main(['--output', str(output), '--readme', str(readme)])
+  assert output.read_text() == (root / 'docs' / 'results.md').read_text()
+  assert readme.read_text() == (root / 'README.md').read_text()
+  for name in re.findall(r'\(figures/(.*?)\)', output.read_text()):
+    assert (root / 'docs' / 'figures' / name).is_file()

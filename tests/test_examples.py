@@ -383,15 +383,15 @@ def test_another_seed_gives_other_curves(main, uninterrupted):
     assert result['loss'][0] != uninterrupted[name]['loss'][0]
 
 
-@pytest.mark.parametrize('formats', [name for name in train_resnet.RECIPES if name != 'int8'])
-def test_every_recipe_takes_the_steps_of_its_full_precision_run(main, uninterrupted, formats):
+@pytest.mark.parametrize('formats', ['int16', 'int4-momentum'])
+def test_other_recipes_take_the_steps_of_their_full_precision_run(main, uninterrupted, formats):
   low, fp32 = main('--formats', formats, '--steps', '8').values()
   # Rounding moves the loss by a thousandth here, momentum in the other form by fifteen.
   np.testing.assert_allclose(low['loss'], fp32['loss'], rtol=5e-3)
   assert low['loss'] != fp32['loss']
   same_form = train_resnet.RECIPES[formats].error_feedback
   assert (fp32['loss'] == uninterrupted['fp32']['loss'][:8]) == same_form
-  less_than_int8 = {'paper': 0, 'int16': -1, 'bfloat16': -1, 'int4-momentum': 1}[formats]
+  less_than_int8 = {'int16': -1, 'int4-momentum': 1}[formats]
   assert np.sign(uninterrupted['lpmm']['bytes_per_param'] - low['bytes_per_param']) == less_than_int8
   assert low['reduction'] == 1 - low['bytes_per_param'] / fp32['bytes_per_param']
 
@@ -410,10 +410,10 @@ def standard_promotion():
   return jax.numpy_dtype_promotion('standard')
 
 
-@pytest.fixture(scope='module', params=['int8', 'paper'])
-def in_microbatches(request, tmp_path_factory):
+@pytest.fixture(scope='module')
+def in_microbatches(tmp_path_factory):
   """The arguments of a run in two microbatches, and its results after twelve steps."""
-  argv = ('--formats', request.param, '--microbatches', '2')
+  argv = ('--formats', 'paper', '--microbatches', '2')  # With an accumulator.
   with standard_promotion():
     return argv, outcome_in(tmp_path_factory.mktemp('in_microbatches'), *argv, '--steps', '12').results
 
