@@ -173,7 +173,18 @@ def with_params(base: str, fmt: lpmm.Format, what: str) -> Method:
   return METHODS[base]._replace(params=fmt, summary=f'{METHODS[base].summary}, {what}')
 
 
+def only(what: str, params: Any, formats: dict[str, Any]) -> Method:
+  """AdamW with some of its arrays in 8 bits."""
+  return METHODS['adamw-8']._replace(
+    params=params, make_tx=our_adamw(None, formats), summary=f'8 bits for {what} alone'
+  )
+
+
 VARIANTS = {
+  'adamw-8/parameters': only('the parameters', lpmm.INT8, {'mu': None, 'nu': None}),
+  'adamw-8/mu': only('the first moment', jnp.float32, {'mu': lpmm.INT8, 'nu': None}),
+  'adamw-8/nu': only('the second moment', jnp.float32, {'mu': None, 'nu': lpmm.UINT8_SQRT}),
+  'adamw-16/8': with_params('adamw-8', lpmm.INT16, '16-bit parameters'),
   'sgdm-4-paper': with_params('sgdm-8-paper', lpmm.INT4, '4-bit parameters'),
   'sgdm-16-paper': with_params('sgdm-8-paper', lpmm.INT16, '16-bit parameters'),
 }
@@ -248,6 +259,20 @@ ABLATIONS = {
       'SGDM, off': {'1': Point('sgdm-8-paper'), '8': Point('sgdm-8-paper', 8)},
       'AdamW, on': {'1': Point('adamw-8'), '8': Point('adamw-8', 8)},
       'AdamW, off': {'1': Point('adamw-8-plain'), '8': Point('adamw-8-plain', 8)},
+    },
+  ),
+  'adamw-arrays': Ablation(
+    'chars',
+    'AdamW with some of its arrays in 8 bits',
+    'in 8 bits, the others in float32',
+    {
+      'feedback where it can be': {
+        'mu': Point('adamw-8/mu'),
+        'nu': Point('adamw-8/nu'),
+        'parameters': Point('adamw-8/parameters'),
+        'mu, nu, 16-bit parameters': Point('adamw-16/8'),
+        'all': Point('adamw-8'),
+      }
     },
   ),
   'microbatches': Ablation(
