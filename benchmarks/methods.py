@@ -174,10 +174,9 @@ def with_params(base: str, fmt: lpmm.Format, what: str) -> Method:
 
 
 def only(what: str, params: Any, formats: dict[str, Any]) -> Method:
-  """AdamW with some of its arrays in 8 bits."""
-  return METHODS['adamw-8']._replace(
-    params=params, make_tx=our_adamw(None, formats), summary=f'8 bits for {what} alone'
-  )
+  """AdamW with some of its arrays in 8 bits, and feedback if they are the parameters."""
+  make_tx = our_adamw(isinstance(params, lpmm.Format), formats)
+  return METHODS['adamw-8']._replace(params=params, make_tx=make_tx, summary=f'8 bits for {what} alone')
 
 
 VARIANTS = {
@@ -266,7 +265,7 @@ ABLATIONS = {
     'AdamW with some of its arrays in 8 bits',
     'in 8 bits, the others in float32',
     {
-      'feedback where it can be': {
+      'feedback where parameters are rounded': {
         'mu': Point('adamw-8/mu'),
         'nu': Point('adamw-8/nu'),
         'parameters': Point('adamw-8/parameters'),
