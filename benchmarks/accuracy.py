@@ -10,7 +10,7 @@ A run is named by task, settings of the task, method, hyperparameters, microbatc
 already is not repeated; one that was interrupted is, from its start. `benchmarks/report.py` makes tables and plots of
 the file.
 
-Seeds differ in the first weights, the batches and the rounding. All methods of a seed start from the same weights and
+Seeds differ in the first weights (but for chars-finetune), the batches and the rounding. All methods of a seed start from the same weights and
 see the same examples in the same order, however many microbatches they come in. With `--together`, all seeds of a
 configuration run at once under vmap: faster where a run alone leaves the device idle, not on a CPU.
 """
@@ -26,6 +26,7 @@ import json
 import math
 from pathlib import Path
 import platform
+import subprocess
 import sys
 import time
 from typing import Any
@@ -212,7 +213,8 @@ def chars(args: argparse.Namespace, **changed: int) -> Task:
 def chars_finetune(args: argparse.Namespace, **changed: int) -> Task:
   """From weights that AdamW in float32 has trained on the first half of the text, on its second half.
 
-  At a thirtieth of the rate, and without a schedule: updates are small against any grid.
+  At a thirtieth of the rate, constant after the warm-up: updates are small against any grid. All seeds start from the
+  same weights.
   """
   data = datasets.text(args.text)
   middle = len(data.train) // 2
@@ -307,7 +309,12 @@ def train(
     return params, opt_state, extra, loss
 
   def measure(params, opt_state):
-    return lpmm.underflow_report(params, wanted_update(opt_state))
+    """Of all quantized parameters: shares as means over leaves, weighted by their sizes."""
+    report = lpmm.underflow_report(params, wanted_update(opt_state))
+    below_half, rms_steps, lost = zip(*report.values(), strict=True)
+    sizes = [x.size for x in jax.tree.leaves(params, is_leaf=lpmm.is_quantized) if lpmm.is_quantized(x)]
+    mean = lambda values: jnp.average(jnp.stack(values), weights=jnp.array(sizes))
+    return jnp.stack([mean(below_half), jnp.sqrt(mean([x**2 for x in rms_steps])), mean(lost)])
 
   store, measure = (jax.jit(over_seeds(fn, len(seeds))) for fn in (store, measure))
   step = jax.jit(over_seeds(step, len(seeds)), donate_argnums=(0, 1, 2))
@@ -328,8 +335,7 @@ def train(
       values.append(loss)
     losses.append(np.mean(values, axis=0))
     if has_velocity and (i + 1) % max(1, task.steps // UNDERFLOW_POINTS) == 0:
-      by_leaf = measure(state[0], state[1])
-      underflow.append((i + 1, np.mean([np.asarray(x) for x in by_leaf.values()], axis=0)))
+      underflow.append((i + 1, np.asarray(measure(state[0], state[1]))))
     report(i + 1)
   seconds = time.perf_counter() - start
 
@@ -347,7 +353,7 @@ def train(
       'seconds': seconds,
       'runs_together': len(seeds),
       'curve': thinned(curve),
-      'underflow': [[step, *map(float, shares[:, i])] for step, shares in underflow],
+      'underflow': [[step, *map(float, shares[i])] for step, shares in underflow],
     }
     outcomes.append(Outcome(weights, extra, results))
   return outcomes
@@ -374,7 +380,9 @@ def about() -> dict[str, Any]:
   for name in ('jax', 'optax', 'flax', 'numpy', 'flashoptim-jax'):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
-  return {'device': jax.devices()[0].device_kind, 'versions': versions}
+  # Of this file's repository; empty outside of one.
+  commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
+  return {'device': jax.devices()[0].device_kind, 'versions': versions, 'commit': commit.stdout.strip()}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -224,8 +224,8 @@ class LinearCodec:
       old, delta = change
       old_scale = from_bfloat16_bits(old.scales)
       limit = old_scale * np.float32(max_code)
-      # A fresh scale exceeds absmax / max_code by at most 2^-7, and rounding takes the largest code down one at most.
-      kept = (absmax <= limit) & (absmax >= old_scale * np.float32(max_code * 128 // 129))
+      # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
+      kept = (absmax <= limit) & (absmax >= old_scale * np.float32(max_code * 7 // 8))
       scale = jnp.where(kept, old_scale, scale)
       # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
       kept = self.blocks.spread(kept)
