@@ -127,11 +127,12 @@ def test_scales_of_trained_parameters_stay_put_too():
     params = new
 
 
-def rounding_variance(learning_rate, noise, momentum, relaxations, feedback):
+def rounding_variance(learning_rate, noise, momentum, relaxations, feedback, still_maxima=True):
   """Mean square of what rounding adds to the weights of a quadratic, over its stationary time and all elements.
 
   Curvature 1, Gaussian gradient noise, a grid of step STEP, dense momentum. The problem is linear in the weights, so
-  against exact SGD on the same noise the difference is driven by rounding alone.
+  against exact SGD on the same noise the difference is driven by rounding alone. The largest element of each block has
+  no gradient, or has one like all others.
   """
   shape = (128, 256)
   pins = jnp.zeros(shape, bool).at[:, ::64].set(True)
@@ -148,7 +149,7 @@ def rounding_variance(learning_rate, noise, momentum, relaxations, feedback):
     def body(i, carry):
       rounded, ours_state, exact, sgd_state, total = carry
       random = noise * jax.random.normal(jax.random.fold_in(jax.random.key(2), i), shape)
-      gradient = lambda w: jnp.where(pins, 0.0, w - optimum + random)
+      gradient = lambda w: jnp.where(pins & still_maxima, 0.0, w - optimum + random)
       rounded, ours_state = lpmm.step(ours, gradient(lpmm.dequantize(rounded)), rounded, ours_state)
       exact, sgd_state = lpmm.step(sgd, gradient(exact), exact, sgd_state)
       square = jnp.mean((lpmm.dequantize(rounded) - exact) ** 2, where=~pins)
@@ -195,6 +196,14 @@ def test_the_stationary_error_of_a_quadratic_matches_its_closed_form(learning_ra
   floor = STEP * s * np.sqrt(2 / np.pi) * np.sqrt((1 - b) / (1 + b)) / 2
   second_order = -learning_rate * s**2 / (2 * (1 + b))
   assert abs(measured - floor - second_order) < (5 * learning_rate / (1 - b) + 0.02) * floor
+
+
+def test_maxima_that_move_add_little_to_the_stationary_error():
+  # Where each new maximum took a fresh scale, which rounds the whole block anew, this was 1.7 times the closed form.
+  measured, sigma = rounding_variance(1e-4, 1.0, 0.9, relaxations=6, feedback=False, still_maxima=False)
+  expected = expected_rounding_variance(1e-4, 1.0, 0.9)
+  # A scale grows with its maximum, by a few hundredths, and with it the floor.
+  assert abs(measured - expected) < (0.1 + 4 * sigma) * expected
 
 
 def test_error_feedback_removes_most_of_the_stationary_error():

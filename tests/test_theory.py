@@ -80,7 +80,7 @@ def measured(lr, s, feedback, formats, steps, burn_in=0):
 @pytest.mark.parametrize('s', [0.02, 1.0])
 @pytest.mark.parametrize('feedback', [False, True])
 def test_the_bound_holds_on_a_quadratic(feedback, s):
-  lr, steps = 0.0025, 2000
+  lr, steps = 0.002, 2000
   eta = lr / (1 - B)
   assert eta <= (1 - B) / 4
   gradient, _, r, q = measured(lr, s, feedback, 'default', steps)
@@ -97,7 +97,7 @@ def test_the_bound_holds_on_a_quadratic(feedback, s):
 
 
 def test_weights_stray_from_virtual_ones_by_what_feedback_has_not_returned():
-  lr, s = 1e-3, 1.0
+  lr, s = 3e-4, 1.0
   _, velocity, e, _ = measured(lr, s, True, None, steps=1500, burn_in=500)
   eta = lr / (1 - B)
   stray = (B / (1 - B)) ** 2 * velocity
