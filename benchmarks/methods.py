@@ -188,10 +188,10 @@ VARIANTS = {
   'sgdm-16-paper': with_params('sgdm-8-paper', lpmm.INT16, '16-bit parameters'),
 }
 for _base in BASES.values():
-  for _size in (8, 16, 256):
+  for _size in (16, 256):
     _format = dataclasses.replace(lpmm.INT8, block_size=_size)
     VARIANTS[f'{_base}/blocks-of-{_size}'] = with_params(_base, _format, f'parameters in blocks of {_size}')
-  for _bits in (1, 2, 4, 8, 12):
+  for _bits in (2, 4, 8):
     VARIANTS[f'{_base}/{_bits}-random-bits'] = with_params(
       _base, Simulated(random_bits=_bits), f'parameters rounded with {_bits} random bits'
     )
@@ -223,14 +223,14 @@ ABLATIONS = {
   'block-size': Ablation(
     'chars',
     'block size of the parameters',
-    'parameters that share a scale',
-    {label: {str(n): block_size(base, n) for n in (8, 16, 64, 256)} for label, base in BASES.items()},
+    'parameters that share a scale, at most (a row may be shorter)',
+    {label: {str(n): block_size(base, n) for n in (16, 64, 256)} for label, base in BASES.items()},
   ),
   'random-bits': Ablation(
     'chars-finetune',
     'random bits per rounding of a parameter',
     'bits',
-    {label: {str(n): random_bits(base, n) for n in (1, 2, 4, 8, 12, 22)} for label, base in BASES.items()},
+    {label: {str(n): random_bits(base, n) for n in (2, 4, 8, 22)} for label, base in BASES.items()},
   ),
   'rounding': Ablation(
     'chars-finetune',
