@@ -91,30 +91,29 @@ METHODS = {
   'sgdm-bf16': Method(
     'sgdm', lpmm.BFLOAT16, our_sgdm(lpmm.BFLOAT16, False), lpmm.BFLOAT16, 'sgdm-fp32', 'bfloat16, stochastic'
   ),
-  'sgdm-8-nearest': Method('sgdm', NEAREST, our_sgdm(NEAREST, False), NEAREST, 'sgdm-fp32', '8/8/8, nearest'),
+  'sgdm-8-nearest': Method('sgdm', NEAREST, our_sgdm(NEAREST, False), NEAREST, 'sgdm-fp32', '8 bits, nearest'),
   'sgdm-8-paper': Method(
-    'sgdm', lpmm.INT8, our_sgdm(lpmm.INT8, False), lpmm.INT8, 'sgdm-fp32', "8/8/8, stochastic (the paper's)"
+    'sgdm', lpmm.INT8, our_sgdm(lpmm.INT8, False), lpmm.INT8, 'sgdm-fp32', "8 bits, stochastic (the paper's)"
   ),
-  'sgdm-8': Method(
-    'sgdm', lpmm.INT8, our_sgdm(), INTO, 'sgdm-fp32-velocity', '8/8 into momentum, feedback (recommended)'
-  ),
+  'sgdm-8': Method('sgdm', lpmm.INT8, our_sgdm(), INTO, 'sgdm-fp32-velocity', '8 bits, feedback (recommended)'),
   'sgdm-16/8': Method(
     'sgdm', lpmm.INT16, our_sgdm(), INTO, 'sgdm-fp32-velocity', '16-bit parameters, 8-bit momentum, feedback'
   ),
-  'sgdm-8/4': Method('sgdm', lpmm.INT8, our_sgdm(lpmm.INT4, False), lpmm.INT8, 'sgdm-fp32', '8/4/8, stochastic'),
+  'sgdm-8/4': Method(
+    'sgdm',
+    lpmm.INT8,
+    our_sgdm(lpmm.INT4, False),
+    lpmm.INT8,
+    'sgdm-fp32',
+    '4-bit momentum, stochastic',
+  ),
   'sgdm-4/8': Method(
     'sgdm', lpmm.INT4, our_sgdm(), INTO, 'sgdm-fp32-velocity', '4-bit parameters, 8-bit momentum, feedback'
   ),
   'adamw-fp32': Method('adamw', jnp.float32, optax_adamw, 'optax', 'adamw-fp32', 'optax.adamw, float32'),
-  'adamw-8': Method(
-    'adamw', lpmm.INT8, our_adamw(), lpmm.INT8, 'adamw-fp32', '8/8/8 and accumulator, feedback (recommended)'
-  ),
-  'adamw-8-nearest': Method(
-    'adamw', NEAREST, our_adamw(False, ADAM_NEAREST), NEAREST, 'adamw-fp32', '8/8/8 and accumulator, nearest'
-  ),
-  'adamw-8-plain': Method(
-    'adamw', lpmm.INT8, our_adamw(False), lpmm.INT8, 'adamw-fp32', '8/8/8 and accumulator, stochastic'
-  ),
+  'adamw-8': Method('adamw', lpmm.INT8, our_adamw(), lpmm.INT8, 'adamw-fp32', '8 bits, feedback (recommended)'),
+  'adamw-8-nearest': Method('adamw', NEAREST, our_adamw(False, ADAM_NEAREST), NEAREST, 'adamw-fp32', '8 bits, nearest'),
+  'adamw-8-plain': Method('adamw', lpmm.INT8, our_adamw(False), lpmm.INT8, 'adamw-fp32', '8 bits, stochastic'),
   'adamw-flash': Method('adamw', jnp.bfloat16, flash_adamw, None, 'adamw-fp32', 'flashoptim-jax'),
 }
 
@@ -155,12 +154,14 @@ class Ablation(NamedTuple):
     title: of the figure.
     axis: what varies.
     lines: by label, a point for each value on the axis.
+    ordered: whether values on the axis are more or less of one thing.
   """
 
   task: str
   title: str
   axis: str
   lines: dict[str, dict[str, Point]]
+  ordered: bool = True
 
 
 FEEDBACK, PLAIN = 'stochastic, feedback', 'stochastic alone'
@@ -248,6 +249,7 @@ ABLATIONS = {
         'AdamW, 8 bits': Point('adamw-8-plain'),
       },
     },
+    ordered=False,
   ),
   'feedback': Ablation(
     'chars-finetune',
@@ -263,24 +265,25 @@ ABLATIONS = {
   'adamw-arrays': Ablation(
     'chars',
     'AdamW with some of its arrays in 8 bits',
-    'in 8 bits, the others in float32',
+    'in 8 bits, the others in float32 (parameters beside 8-bit moments: 16 bits)',
     {
       'feedback where parameters are rounded': {
         'mu': Point('adamw-8/mu'),
         'nu': Point('adamw-8/nu'),
         'parameters': Point('adamw-8/parameters'),
-        'mu, nu, 16-bit parameters': Point('adamw-16/8'),
+        'moments': Point('adamw-16/8'),
         'all': Point('adamw-8'),
       }
     },
+    ordered=False,
   ),
   'microbatches': Ablation(
     'chars',
     'microbatches of one batch',
     'microbatches of a batch of 16',
     {
-      '8/8 into momentum, feedback': {str(n): Point('sgdm-8', n) for n in (1, 2, 4, 8)},
-      "8/8/8, stochastic (the paper's)": {str(n): Point('sgdm-8-paper', n) for n in (1, 2, 4, 8)},
+      'into momentum, feedback': {str(n): Point('sgdm-8', n) for n in (1, 2, 4, 8)},
+      "8-bit accumulator, stochastic (the paper's)": {str(n): Point('sgdm-8-paper', n) for n in (1, 2, 4, 8)},
     },
   ),
   'fewer-updates': Ablation(

@@ -53,8 +53,10 @@ INTRODUCTION = """# Results
 Made by `python benchmarks/report.py` from the runs in `{results}`, which `benchmarks/accuracy.py` appends to. All
 methods of a seed start from the same weights and see the same examples in the same order. Means and standard deviations
 are over seeds; differences are to the float32 method of the same form, within a seed and for the same number of
-microbatches, with 95 % intervals of Student's t. Three seeds give wide ones. This page is checked against the file
-(`tests/test_accuracy.py::test_documents_hold_what_the_runs_give`).
+microbatches, with 95 % intervals of Student's t; three seeds give wide ones. With several microbatches, SGD with
+feedback adds gradients into the momentum, methods in bfloat16 accumulate in bfloat16, other low-precision ones in 8
+bits, float32 ones in float32; the batch statistics of a ResNet are then those of a microbatch. This page is checked
+against the file (`tests/test_accuracy.py::test_documents_hold_what_the_runs_give`).
 """
 
 
@@ -64,11 +66,13 @@ class Row(NamedTuple):
   Attributes:
     method: its name.
     microbatches: in a batch.
+    hyperparameters: of the optimizer.
     runs: results by seed.
   """
 
   method: str
   microbatches: int
+  hyperparameters: dict[str, Any]
   runs: dict[int, dict[str, Any]]
 
   def metric(self, name: str = 'metric') -> list[float]:
@@ -77,10 +81,11 @@ class Row(NamedTuple):
 
 
 class Group(NamedTuple):
-  """All rows of one task with one setting."""
+  """All rows of one task with one setting, on one kind of device."""
 
   task: str
   settings: dict[str, Any]
+  device: str
   rows: dict[tuple[str, int], Row]
 
   def differences(self, row: Row) -> list[float]:
@@ -96,7 +101,11 @@ class Group(NamedTuple):
 
 
 def group(runs: list[dict[str, Any]]) -> list[Group]:
-  """In the order of tasks and of methods as they are listed."""
+  """In the order of tasks and of methods as they are listed.
+
+  Raises:
+    ValueError: if there are two runs of a seed, or runs of a method with different hyperparameters.
+  """
   groups: dict[str, Group] = {}
   order = lambda run: (
     list(accuracy.TASKS).index(run['config']['task']),
@@ -106,10 +115,13 @@ def group(runs: list[dict[str, Any]]) -> list[Group]:
   )
   for run in sorted(runs, key=order):
     config = run['config']
-    key = json.dumps([config['task'], config['settings']])
-    found = groups.setdefault(key, Group(config['task'], config['settings'], {}))
+    key = json.dumps([config['task'], config['settings'], run['device']])
+    found = groups.setdefault(key, Group(config['task'], config['settings'], run['device'], {}))
     name = config['method'], config['microbatches']
-    found.rows.setdefault(name, Row(*name, {})).runs[config['seed']] = run['results']
+    row = found.rows.setdefault(name, Row(*name, config['hyperparameters'], {}))
+    if row.hyperparameters != config['hyperparameters'] or config['seed'] in row.runs:
+      raise ValueError(f'{config}: the file holds another run of this seed, or one with other hyperparameters')
+    row.runs[config['seed']] = run['results']
   return list(groups.values())
 
 
@@ -123,14 +135,23 @@ def departed(base: Group, point: Point) -> dict[str, Any]:
   return base.settings | dict(point.settings)
 
 
+def of_point(groups: list[Group], ablation: Ablation, point: Point) -> list[Group]:
+  """The group that holds a point, if there is one."""
+  base = base_of(groups, ablation.task)
+  if base is None:
+    return []
+  wanted = base.task, departed(base, point), base.device
+  holds = lambda found: (found.task, found.settings, found.device) == wanted
+  return [found for found in groups if holds(found) and (point.method, point.microbatches) in found.rows]
+
+
 def point_differences(groups: list[Group], ablation: Ablation, point: Point) -> list[float]:
   """To float32, of every seed; none where there are no runs."""
-  base = base_of(groups, ablation.task)
-  for found in groups:
-    row = found.rows.get((point.method, point.microbatches))
-    if base is not None and row is not None and found.settings == departed(base, point) and found.task == base.task:
-      return found.differences(row)
-  return []
+  return [
+    difference
+    for found in of_point(groups, ablation, point)
+    for difference in found.differences(found.rows[point.method, point.microbatches])
+  ]
 
 
 def is_of_an_ablation(groups: list[Group], found: Group) -> bool:
@@ -154,8 +175,9 @@ def interval(values: list[float]) -> float:
 
 
 def spread(values: list[float], decimals: int) -> str:
-  deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-  return f'{statistics.fmean(values):.{decimals}f} ± {deviation:.{decimals}f}'
+  """Mean and standard deviation, if there is one."""
+  mean = f'{statistics.fmean(values):.{decimals}f}'
+  return f'{mean} ± {statistics.stdev(values):.{decimals}f}' if len(values) > 1 else mean
 
 
 def with_interval(differences: list[float], decimals: int) -> str:
@@ -190,7 +212,10 @@ def table(found: Group) -> Iterator[str]:
 
 
 def summary(groups: list[Group]) -> Iterator[str]:
-  """Of all tasks, one microbatch, in Markdown: the float32 methods' means, and the others' differences to them."""
+  """Of all tasks, one microbatch, in Markdown: the float32 methods' means, and the others' differences to them.
+
+  The bytes are those of the task that needs most.
+  """
   bases = [found for task in TITLES if (found := base_of(groups, task)) is not None]
   yield '| method | bytes/param | ' + ' | '.join(f'{found.task}: {METRICS[found.task][0]}' for found in bases) + ' |'
   yield '|' + '---|' * (2 + len(bases))
@@ -199,14 +224,15 @@ def summary(groups: list[Group]) -> Iterator[str]:
     known = [row for row in rows if row is not None]
     if not known:
       continue
-    cells = [f'{name}: {METHODS[name].summary}', f'{known[-1].metric("bytes_per_param")[0]:.2f}']
+    size = max(x for row in known for x in row.metric('bytes_per_param'))
+    cells = [f'{name}: {METHODS[name].summary}', f'{size:.2f}']
     for found, row in zip(bases, rows, strict=True):
       if row is None:
         cells.append('')
         continue
       decimals = METRICS[found.task][1]
       text = with_interval(found.differences(row), decimals) or spread(row.metric(), decimals)
-      cells.append(f'{text} ({len(row.runs)} seeds)')
+      cells.append(f'{text} ({len(row.runs)})')
     yield '| ' + ' | '.join(cells) + ' |'
 
 
@@ -221,13 +247,21 @@ def axis_of(ablation: Ablation) -> list[str]:
   return list(dict.fromkeys(x for line in ablation.lines.values() for x in line))
 
 
+def point_cell(groups: list[Group], ablation: Ablation, point: Point) -> str:
+  """The mean, and the difference to float32."""
+  (row,) = (found.rows[point.method, point.microbatches] for found in of_point(groups, ablation, point))
+  decimals = METRICS[ablation.task][1]
+  mean = f'{statistics.fmean(row.metric()):.{decimals}f}'
+  return f'{mean}: {with_interval(point_differences(groups, ablation, point), decimals)}'
+
+
 def ablation_table(groups: list[Group], ablation: Ablation) -> Iterator[str]:
   """In Markdown."""
-  axis, decimals = axis_of(ablation), METRICS[ablation.task][1]
+  axis = axis_of(ablation)
   yield f'| {ablation.axis} | ' + ' | '.join(axis) + ' |'
   yield '|' + '---|' * (1 + len(axis))
   for label, line in ablation.lines.items():
-    cells = [with_interval(point_differences(groups, ablation, line[x]), decimals) if x in line else '' for x in axis]
+    cells = [point_cell(groups, ablation, line[x]) if x in line else '' for x in axis]
     yield f'| {label} | ' + ' | '.join(cells) + ' |'
 
 
@@ -247,11 +281,13 @@ def document(groups: list[Group], results: Path, figures: dict[int, list[str]], 
     settings = ', '.join(f'{name} {value}' for name, value in found.settings.items())
     metric, decimals = METRICS[found.task]
     initial = statistics.fmean(x for row in found.table_rows() for x in row.metric('initial_metric'))
-    parts.append(f'Settings: {settings}. At the start, {metric}: {initial:.{decimals}f}.\n')
+    parts.append(f'On {found.device}; {settings}. At the start, {metric}: {initial:.{decimals}f}.\n')
     parts.append('\n'.join(table(found)) + '\n')
     parts += [f'![{name}](figures/{name})\n' for name in names]
   if ablations:
-    parts.append('## Ablations\n\nDifferences to float32 with everything else equal, and 95 % intervals.\n')
+    parts.append(
+      '## Ablations\n\nMeans, and differences to float32 with everything else equal with their 95 % intervals.\n'
+    )
   for name, figure in ablations.items():
     ablation = ABLATIONS[name]
     parts.append(f'### {ablation.title.capitalize()}\n\n{TITLES[ablation.task]}: {METRICS[ablation.task][0]}.\n')
@@ -285,7 +321,7 @@ def plot_differences(found: Group, file: Path) -> str | None:
     mean = statistics.fmean(differences)
     axes.errorbar(mean, place, xerr=interval(differences), fmt='o', color=color, capsize=3)
   axes.axvline(0, color='black', linewidth=0.8)
-  axes.set_yticks(range(len(rows)), [f'{row.method}, {row.microbatches} microbatches' for row, _ in rows])
+  axes.set_yticks(range(len(rows)), [f'{row.method} x{row.microbatches}' for row, _ in rows])
   axes.invert_yaxis()
   axes.set(xlabel=f'{METRICS[found.task][0]}: difference to float32', title=TITLES[found.task])
   axes.grid(axis='x', alpha=0.3)
@@ -321,8 +357,8 @@ def plot_underflow(found: Group, file: Path) -> str | None:
     (line,) = shares.plot(values[:, 0], 100 * values[:, 1], marker='.', label=f'{row.method}, below half a step')
     shares.plot(values[:, 0], 100 * values[:, 3], '--', color=line.get_color(), label=f'{row.method}, of their sum')
     sizes.plot(values[:, 0], values[:, 2], marker='.', color=line.get_color(), label=row.method)
-  shares.set(xlabel='step', ylabel='% of updates', title='what rounding to nearest would lose', ylim=(-2, 102))
-  sizes.set(xlabel='step', ylabel='rms of update / grid step', title='size of updates', yscale='log')
+  shares.set(xlabel='step', ylabel='% of the velocity', title='what rounding to nearest would lose', ylim=(-2, 102))
+  sizes.set(xlabel='step', ylabel='rms of velocity / grid step', title='size of updates', yscale='log')
   for axes in (shares, sizes):
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
@@ -349,6 +385,7 @@ def plot_ablation(groups: list[Group], ablation: Ablation, file: Path) -> str | 
       yerr=[interval(differences) for _, differences in points],
       marker='o',
       capsize=3,
+      linestyle='-' if ablation.ordered else '',
       linewidth=1.2,
       label=label,
     )

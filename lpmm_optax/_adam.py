@@ -94,8 +94,8 @@ def adam(
       \frac{(1 - \beta_1^{t+1}) (\sqrt{\hat v_t} + \epsilon)}{\eta_{t+1}} e_t,
 
   which returns it to the parameter over the following steps; exactly so if rate and second moment did not change, and
-  not at all while the rate is zero. On a noisy quadratic it leaves a tenth or less of what stochastic rounding alone
-  adds to the loss (`tests/test_adam.py`).
+  not at all while the rate is zero. On a noisy quadratic it leaves less than a fifth of what stochastic rounding
+  alone adds to the loss (`tests/test_adam.py`).
 
   Args:
     learning_rate: a scalar, or a schedule of the step count.

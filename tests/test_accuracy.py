@@ -174,7 +174,8 @@ def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, 
   (row,) = [line for line in text.splitlines() if line.startswith('| ours |')]
   base = [line for line in text.splitlines() if line.startswith('| sgdm-8:') and '| 1 | 2 |' in line]
   assert len(base) == 1
-  assert row.split('|')[3].strip() == base[0].split('|')[5].strip()
+  mean = base[0].split('|')[4].split(' ± ')[0].strip()
+  assert row.split('|')[3].strip() == f'{mean}: {base[0].split("|")[5].strip()}'
   assert row.split('|')[2].strip() not in ('', row.split('|')[3].strip())
   # README's summary, and nothing else of it.
   lines = readme.read_text().splitlines()
