@@ -285,12 +285,12 @@ def document(groups: list[Group], results: Path, figures: dict[int, list[str]], 
     parts.append('\n'.join(table(found)) + '\n')
     parts += [f'![{name}](figures/{name})\n' for name in names]
   if ablations:
-    parts.append(
-      '## Ablations\n\nMeans, and differences to float32 with everything else equal with their 95 % intervals.\n'
-    )
+    parts.append('## Ablations\n\nMeans over the seeds there are, and differences to float32 with all else equal.\n')
   for name, figure in ablations.items():
     ablation = ABLATIONS[name]
-    parts.append(f'### {ablation.title.capitalize()}\n\n{TITLES[ablation.task]}: {METRICS[ablation.task][0]}.\n')
+    parts.append(
+      f'### {ablation.title[0].upper()}{ablation.title[1:]}\n\n{TITLES[ablation.task]}: {METRICS[ablation.task][0]}.\n'
+    )
     parts.append('\n'.join(ablation_table(groups, ablation)) + '\n')
     parts.append(f'![{figure}](figures/{figure})\n')
   return '\n'.join(parts)
