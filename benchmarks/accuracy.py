@@ -314,7 +314,7 @@ def train(
     report = lpmm.underflow_report(params, wanted_update(opt_state))
     below_half, rms_steps, lost = zip(*report.values(), strict=True)
     sizes = [x.size for x in jax.tree.leaves(params, is_leaf=lpmm.is_quantized) if lpmm.is_quantized(x)]
-    mean = lambda values: jnp.average(jnp.stack(values), weights=jnp.array(sizes))
+    mean = lambda values: jnp.average(jnp.stack(values), weights=jnp.array(sizes, jnp.float32))
     return jnp.stack([mean(below_half), jnp.sqrt(mean([x**2 for x in rms_steps])), mean(lost)])
 
   store, measure = (jax.jit(over_seeds(fn, len(seeds))) for fn in (store, measure))

@@ -228,7 +228,14 @@ def test_optax_wrappers(wrapper, make):
   with jax.numpy_dtype_promotion('standard'):  # inject_hyperparams looks for a common dtype of codes and scales.
     state = tx.init(params)
     updates, state = jax.jit(tx.update)(PAIR_GRADS, state, params)
-  assert_same_bits(optax.apply_updates(params, updates), expected)
+  updated = optax.apply_updates(params, updates)
+  if wrapper != 'inject_hyperparams':
+    assert_same_bits(updated, expected)
+    return
+  # Products of injected scalars are computed in float32, those of constants by Python: their last bit turns few codes.
+  for found, wanted in zip(jax.tree.leaves(updated), jax.tree.leaves(expected), strict=True):
+    assert np.mean(found != wanted) < 1e-3
+    assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
 
 
 def test_injected_hyperparameters_can_be_scheduled_read_and_set():
