@@ -1,10 +1,13 @@
-"""Parameters, gradients and the loop that tests of the optimizers share."""
+"""Parameters, gradients, grids and the loop that tests share."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import lpmm_optax as lpmm
+from lpmm_optax import _codec
+from lpmm_optax import _format
 
 
 def tree(seed=0):
@@ -14,6 +17,12 @@ def tree(seed=0):
     'bias': jax.random.normal(keys[1], (96,)),
     'scale': jax.random.normal(keys[2], ()),
   }
+
+
+def grid_steps(x):
+  """The grid step at each element, of x's shape."""
+  axis, size = _format.block_of(x.shape, x.scales.shape)
+  return np.repeat(np.asarray(_codec.from_bfloat16_bits(x.scales)), size, axis=axis)
 
 
 def gradients(steps):

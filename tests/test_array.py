@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import grid_steps
 
 import lpmm_optax as lpmm
 from lpmm_optax import _codec
@@ -18,12 +19,6 @@ LINEAR = [lpmm.INT4, lpmm.INT8, lpmm.INT16]
 
 def forced(format):
   return lambda path, leaf: format
-
-
-def grid_steps(x):
-  """The grid step at each element, of x's shape."""
-  axis, size = _format.block_of(x.shape, x.scales.shape)
-  return np.repeat(np.asarray(_codec.from_bfloat16_bits(x.scales)), size, axis=axis)
 
 
 def normal(shape, seed=0, dtype=jnp.float32):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import grid_steps
 
 import lpmm_optax as lpmm
 
@@ -38,12 +39,6 @@ def errors_of_step(tx, lr, feedback, params, state, g):
   return new_params, new_state, of_weights, of_momentum
 
 
-def grid_step(x):
-  """Of each element."""
-  scales = jax.lax.bitcast_convert_type(x.scales, jnp.bfloat16).astype(jnp.float32)
-  return np.repeat(scales, SHAPE[1] // scales.shape[1], axis=1)
-
-
 @pytest.mark.parametrize('feedback', [False, True])
 def test_rounding_enters_where_the_recurrences_say(feedback):
   lr = 0.02
@@ -55,7 +50,7 @@ def test_rounding_enters_where_the_recurrences_say(feedback):
     g = noisy_gradient(lpmm.dequantize(params), 1.0, i)
     params, state, of_weights, of_momentum = map(jax.device_get, step(params, state, g))
     for error, array in ((of_weights, params), (of_momentum, optax.tree.get(state, 'trace'))):
-      error, size = np.asarray(error, np.float64), grid_step(array)
+      error, size = np.asarray(error, np.float64), grid_steps(array)
       # Less than a step, and no more than the float32 sum of numbers of some hundred steps is off by.
       assert np.all(np.abs(error) < (1 + 1e-4) * size)
       assert np.sqrt(np.mean((error / size) ** 2)) > 0.05
