@@ -26,6 +26,7 @@ from lpmm_optax._report import memory_report
 from lpmm_optax._sgdm import sgdm
 from lpmm_optax._step import apply_if_finite
 from lpmm_optax._step import chain
+from lpmm_optax._step import set_to_zero
 from lpmm_optax._step import step
 from lpmm_optax._transform import InPlaceTransformation
 from lpmm_optax._transform import LowPrecisionState
@@ -64,6 +65,7 @@ __all__ = [
   'low_precision',
   'memory_report',
   'quantize',
+  'set_to_zero',
   'sgdm',
   'shardings',
   'step',

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax.experimental.shard_alike import shard_alike
 import jax.numpy as jnp
-import numpy as np
 
 from lpmm_optax import _codec
 from lpmm_optax import _format
@@ -114,6 +113,15 @@ def is_quantized(leaf: Any) -> bool:
   (True, False)
   """
   return isinstance(leaf, QuantizedArray)
+
+
+def check_codes(path: str, leaf: Any) -> None:
+  """Raises a TypeError if a quantized leaf's codes are not the integers of its format any more."""
+  if is_quantized(leaf) and getattr(leaf.codes, 'dtype', leaf.format.code_dtype) != leaf.format.code_dtype:
+    raise TypeError(
+      f'{path}: the codes of an array stored as {leaf.format} have become {leaf.codes.dtype}, by arithmetic on a tree '
+      'of quantized arrays (optax.incremental_update, say); dequantize it first, and keep averages dense'
+    )
 
 
 def path_str(path: Any) -> str:
@@ -324,6 +332,9 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
   Returns:
     The tree with arrays of the original shapes.
 
+  Raises:
+    TypeError: for a quantized leaf that arithmetic made of the tree has turned into floats, naming it.
+
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
   >>> x = jnp.linspace(-1, 1, 4096).reshape(64, 64)
   >>> y = lpmm.dequantize(lpmm.quantize(x, lpmm.INT8))
@@ -333,14 +344,15 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
   dtype(bfloat16)
   """
 
-  def one(leaf):
+  def one(path, leaf):
     if is_quantized(leaf):
+      check_codes(path_str(path), leaf)
       return leaf.dense(dtype)
     if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf.astype(dtype)
     return leaf
 
-  return jax.tree.map(one, tree, is_leaf=is_quantized)
+  return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
 
 
 def format_of(leaf: Any) -> Format | None:
@@ -349,5 +361,7 @@ def format_of(leaf: Any) -> Format | None:
 
 
 def count_bytes(leaf: Any) -> int:
-  """Bytes of a leaf, counted from bit widths."""
-  return leaf.nbytes if is_quantized(leaf) else leaf.size * np.dtype(leaf.dtype).itemsize
+  """Bytes of a leaf, counted from bit widths; a Python number is no array, and takes none."""
+  if is_quantized(leaf):
+    return leaf.nbytes
+  return leaf.size * leaf.dtype.itemsize if hasattr(leaf, 'dtype') else 0

@@ -53,7 +53,8 @@ class Sink:
     if axes < 0 or whole[axes:] != shape:
       raise ValueError(
         f'{self.path}: a parameter of shape {whole} is used in a slice of shape {shape}, but value_and_step adds to '
-        'slices along leading axes only (p[i], or lax.scan over them); dequantize it first, and slice the result'
+        'slices along leading axes only (jax.tree.map(lambda x: x[i], p), or lax.scan over them); dequantize it first, '
+        'and slice the result'
       )
     if self.block_axis is not None and self.block_axis < axes:
       raise ValueError(
@@ -174,8 +175,8 @@ def value_and_step(
   activations are.
 
   A parameter may be used any number of times (tied embeddings), under `jax.checkpoint`, in `lax.scan` and its like, and
-  indexed along leading axes (``p[i]``). It may not be used under `jax.vmap`. Leaves that are dense, or whose
-  accumulator is dense, are differentiated as usual.
+  sliced along leading axes (``jax.tree.map(lambda x: x[i], p)``). It may not be used under `jax.vmap`, nor, if it is
+  quantized, under `lax.cond`. Leaves that are dense, or whose accumulator is dense, are differentiated as usual.
 
   The result is that of `tx.step` but for one rounding: the last microbatch's gradient is added to the accumulator too,
   before the update. Clipping that `tx` does to accumulated gradients (`MultiSteps(chain(clip, adamw))`) is exact. What

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
@@ -35,6 +36,11 @@ def current(value: optax.ScalarOrSchedule, step: jax.Array) -> jax.Array:
     return jnp.asarray(value(step) if callable(value) else value, float)
 
 
+def is_known(value: Any) -> bool:
+  """Whether a hyperparameter is a number, for good; a jax array is not: what is injected is one before it is traced."""
+  return isinstance(value, float | int | np.generic | np.ndarray)
+
+
 def is_zero(value: Any) -> bool:
   """Whether a hyperparameter is known to be zero."""
-  return isinstance(value, float | int) and value == 0
+  return is_known(value) and value == 0

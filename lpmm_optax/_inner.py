@@ -56,6 +56,7 @@ def flatten(params: Any) -> tuple[Params, list[Any]]:
   for i, (path, leaf) in enumerate(items):
     if not hasattr(leaf, 'dtype'):
       raise TypeError(f'{_array.path_str(path)}: a parameter must be an array, got {leaf!r}')
+    _array.check_codes(_array.path_str(path), leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
       raise TypeError(
         f'{_array.path_str(path)}: complex parameters are not supported; split them into real and imaginary parts'

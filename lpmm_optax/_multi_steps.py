@@ -366,6 +366,7 @@ class MultiSteps(_transform.InPlaceTransformation):
         )
     elif accumulator is not None:
       raise TypeError(f'accumulator must be a Format, None or INTO_MOMENTUM, got {accumulator!r}')
+    _tiles.check_size(tile_size)
     momentum = tx.into_momentum if accumulator is INTO_MOMENTUM else None
     inner = optax.with_extra_args_support(tx if momentum is None else momentum.tx)
     microbatches = Microbatches(

@@ -17,7 +17,7 @@ from lpmm_optax import _transform
 
 def _why_no_feedback(formats: _field_formats.Formats, momentum: Any, nesterov: bool) -> str | None:
   """Why rounding errors cannot be put back into this momentum, or None if they can."""
-  if momentum is None or (isinstance(momentum, float | int) and not 0 < momentum < 1):
+  if momentum is None or (_hyperparams.is_known(momentum) and not 0 < momentum < 1):
     return f'it needs a momentum between 0 and 1, got {momentum}'
   if nesterov:
     return 'its correction is derived for heavy-ball momentum, not for nesterov=True'
@@ -65,6 +65,12 @@ def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.Gra
   return optax.GradientTransformation(init, update)
 
 
+def _correction(momentum: Any) -> jax.Array:
+  """1 - 1 / b; without momentum nothing brings an error back, so none is kept."""
+  decay = jnp.asarray(momentum, float)
+  return jnp.where(decay > 0, 1 - 1 / jnp.where(decay > 0, decay, 1.0), 0.0)
+
+
 def _velocity_feedback(correction: Callable[[], jax.Array]) -> _feedback.Feedback:
   """What adds an error to the velocity, times a correction."""
   return _feedback.Feedback(
@@ -110,7 +116,7 @@ def _into_momentum(
   """`sgdm` for `MultiSteps` with `INTO_MOMENTUM`, of what makes an inner transformation low-precision."""
   feedback = None
   if error_feedback:
-    # The correction of `_velocity_feedback`, times the decay that what is stored has been through.
+    # The correction of `sgdm`, times the decay that what is stored has been through; right without momentum, too.
     feedback = _velocity_feedback(lambda: jnp.asarray(momentum, float) - 1)
   inner = _decayed(learning_rate, momentum, weight_decay, error_feedback)
   weight = lambda step: _hyperparams.current(learning_rate, step) if error_feedback else jnp.ones(())
@@ -212,7 +218,7 @@ def sgdm(
     if has_trace:
       inner.append(optax.trace(momentum, nesterov))
     inner.append(optax.scale_by_learning_rate(learning_rate))
-  feedback = _velocity_feedback(lambda: 1 - 1 / jnp.asarray(momentum, float)) if error_feedback else None
+  feedback = _velocity_feedback(lambda: _correction(momentum)) if error_feedback else None
   transform = functools.partial(_transform.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size)
   into_momentum = None
   if has_trace and not nesterov:

@@ -1,4 +1,4 @@
-"""`step`, and `chain` and `apply_if_finite` that keep it: parameters updated in place, without a tree of deltas."""
+"""`step`, and what keeps it or its deltas: `chain`, `apply_if_finite`, `set_to_zero`."""
 
 from typing import Any
 
@@ -88,6 +88,36 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
   return _transform.InPlaceTransformation(
     chained.init, optax.with_extra_args_support(chained).update, chained_step, txs[-1].obstacles
   )
+
+
+def set_to_zero() -> optax.GradientTransformation:
+  """`optax.set_to_zero` for quantized parameters: what it is given stays as it is, bit for bit.
+
+  Optax's own returns gradients of zero, which are of another structure than deltas of quantized parameters.
+
+  Returns:
+    A transformation without state whose `update` needs the parameters.
+
+  Raises:
+    ValueError: at `update`, if it gets none.
+
+  >>> import jax.numpy as jnp, optax, lpmm_optax as lpmm
+  >>> params = lpmm.quantize({'body': jnp.ones((64, 64)), 'head': jnp.ones((64, 64))}, lpmm.INT8)
+  >>> tx = optax.partition({'train': lpmm.adamw(0.1), 'freeze': lpmm.set_to_zero()}, {'body': 'freeze', 'head': 'train'})
+  >>> gradients = {'body': jnp.ones((64, 64)), 'head': jnp.ones((64, 64))}
+  >>> updates, state = tx.update(gradients, tx.init(params), params)
+  >>> params = optax.apply_updates(params, updates)
+  >>> {name: round(float(jnp.mean(x)), 2) for name, x in lpmm.dequantize(params).items()}
+  {'body': 1.0, 'head': 0.9}
+  """
+
+  def update(updates, state, params=None):
+    del updates
+    if params is None:
+      raise ValueError('set_to_zero needs the parameters: call update(gradients, state, params)')
+    return jax.tree.map(jnp.zeros_like, params), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _all_finite(x: jax.Array) -> jax.Array:

@@ -14,6 +14,12 @@ import jax.numpy as jnp
 from lpmm_optax import _format
 
 
+def check_size(tile_size: int | None) -> None:
+  """Raises a ValueError unless it can be the number of elements of a tile, or None."""
+  if tile_size is not None and tile_size < 1:
+    raise ValueError(f'tile_size must be at least 1, or None, got {tile_size}')
+
+
 def default_tile_size(total: int, slots: int) -> int:
   """Elements per tile for a tree of `total` elements with `slots` arrays each, the parameter and its state fields.
 

@@ -75,6 +75,14 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     self.into_momentum = into_momentum
     return self
 
+  def __copy__(self):
+    """Itself: functions are not copied, and nothing else is in it."""
+    return self
+
+  def __deepcopy__(self, memo):
+    """The same, where a train state is copied."""
+    return self
+
 
 class IntoMomentum(NamedTuple):
   """An optimizer whose momentum takes the gradients of all microbatches of a step, one after the other.
@@ -285,7 +293,9 @@ def _init_inner(
       return _array.dequantize(leaves[of_input[value]], graph.avals[value].dtype)
 
     x = jnp.broadcast_to(graph.evaluate([graph.outputs[e]], argument)[graph.outputs[e]], arrays[e].shape)
-    return _array.encode(x, chosen[e], arrays[e].dtype) if e in owned else x
+    x = _array.encode(x, chosen[e], arrays[e].dtype) if e in owned else x
+    # The parameter itself can be donated only once.
+    return jnp.copy(x) if any(x is leaf for leaf in leaves) else x
 
   is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves))
   out = []
@@ -389,6 +399,7 @@ def transform(
     The transformation.
   """
   _field_formats.check(formats)
+  _tiles.check_size(tile_size)
   raw_key = _random.raw_key(key)
   inner = optax.with_extra_args_support(inner)
   # Of the gradients as they come.

@@ -1,5 +1,6 @@
 """Where users put it: stock Optax, Flax, and JAX's transformations; each against `lpmm.step`, bit for bit."""
 
+import copy
 import functools
 
 import chex
@@ -236,6 +237,52 @@ def test_optax_wrappers(wrapper, make):
   for found, wanted in zip(jax.tree.leaves(updated), jax.tree.leaves(expected), strict=True):
     assert np.mean(found != wanted) < 1e-3
     assert np.abs(np.asarray(found, int) - np.asarray(wanted, int)).max() <= 1
+
+
+@pytest.mark.parametrize('make', OURS.values(), ids=OURS)
+def test_frozen_parameters_keep_their_bits_and_take_no_state(make):
+  params = lpmm.quantize(PAIR, lpmm.INT8)
+  tx = optax.partition({'train': make(), 'freeze': lpmm.set_to_zero()}, {'a': 'freeze', 'b': 'train'})
+  state = tx.init(params)
+  updates, state = jax.jit(tx.update)(PAIR_GRADS, state, params)
+  updated = optax.apply_updates(params, updates)
+  assert_same_bits(updated['a'], params['a'])
+  assert (np.asarray(updated['b'].codes) != np.asarray(params['b'].codes)).any()
+  alone = make().init({'b': params['b']})
+  assert lpmm.memory_report(params, state).bytes == lpmm.memory_report(params, alone).bytes
+
+
+def test_averages_of_quantized_arrays_are_refused():
+  params = lpmm.quantize(PAIR, lpmm.INT8)
+  with jax.numpy_dtype_promotion('standard'):
+    average = optax.incremental_update(params, params, 0.1)
+  with pytest.raises(TypeError, match='a: the codes .* int8 have become float32'):
+    lpmm.dequantize(average)
+  tx = lpmm.sgdm(0.1)
+  with pytest.raises(TypeError, match='a: the codes'):
+    lpmm.step(tx, PAIR_GRADS, average, tx.init(params))
+  average = optax.incremental_update(lpmm.dequantize(params), lpmm.dequantize(params), 0.1)
+  np.testing.assert_allclose(average['a'], PAIR['a'], rtol=1e-2)
+
+
+def test_states_that_start_as_the_parameters_can_be_donated():
+  params = {'w': jnp.ones((16, 16)), 'q': lpmm.quantize(jnp.ones((64, 64)), lpmm.INT8)}
+  tx = lpmm.low_precision(optax.contrib.schedule_free_sgd(0.1))
+  step = jax.jit(functools.partial(lpmm.step, tx), donate_argnums=(1, 2))
+  params, state = step(jax.tree.map(jnp.ones_like, lpmm.dequantize(params)), params, tx.init(params))
+  assert np.isfinite(params['w']).all()
+
+
+def test_transformations_are_copied_with_their_train_states():
+  for tx in (lpmm.adamw(0.1), lpmm.MultiSteps(lpmm.sgdm(0.1), 2, accumulator=lpmm.INTO_MOMENTUM)):
+    assert copy.deepcopy({'tx': tx})['tx'].step is tx.step
+
+
+def test_memory_report_counts_keys_and_passes_over_numbers():
+  params = lpmm.quantize(PAIR, lpmm.INT8)
+  state = (lpmm.sgdm(0.1).init(params), jax.random.key(0), 7)
+  plain = lpmm.memory_report(params, state[0])
+  assert lpmm.memory_report(params, state).bytes == plain.bytes + 8
 
 
 def test_injected_hyperparameters_can_be_scheduled_read_and_set():

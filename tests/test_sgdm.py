@@ -100,6 +100,19 @@ def test_virtual_weights_follow_exact_sgd_under_feedback(learning_rate):
     assert error(params) < 0.6 * error(plain)
 
 
+@pytest.mark.parametrize('momentum', [np.float32(0.0), jnp.zeros(()), 'injected'], ids=['numpy', 'jax', 'injected'])
+def test_a_momentum_of_zero_is_plain_sgd_however_it_is_given(momentum):
+  if isinstance(momentum, str):
+    tx = optax.inject_hyperparams(lpmm.sgdm, hyperparam_dtype=jnp.float32)(learning_rate=0.05, momentum=0.0)
+  else:
+    tx = lpmm.sgdm(0.05, momentum)
+  start, grads = lpmm.quantize(tree(), lpmm.INT16), gradients(5)
+  params, _ = train(tx, start, grads)
+  expected, _ = train(optax.sgd(0.05), lpmm.dequantize(start), grads)
+  for a, b in zip(*(jax.tree.leaves(lpmm.dequantize(x)) for x in (params, expected)), strict=True):
+    np.testing.assert_allclose(a, b, atol=0.02)  # The velocity has 8 bits.
+
+
 def test_feedback_is_on_where_it_can_be():
   grads = gradients(20)
   start = lpmm.quantize(tree(), lpmm.INT8)
