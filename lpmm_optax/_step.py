@@ -103,7 +103,8 @@ def set_to_zero() -> optax.GradientTransformation:
 
   >>> import jax.numpy as jnp, optax, lpmm_optax as lpmm
   >>> params = lpmm.quantize({'body': jnp.ones((64, 64)), 'head': jnp.ones((64, 64))}, lpmm.INT8)
-  >>> tx = optax.partition({'train': lpmm.adamw(0.1), 'freeze': lpmm.set_to_zero()}, {'body': 'freeze', 'head': 'train'})
+  >>> labels = {'body': 'freeze', 'head': 'train'}
+  >>> tx = optax.partition({'train': lpmm.adamw(0.1), 'freeze': lpmm.set_to_zero()}, labels)
   >>> gradients = {'body': jnp.ones((64, 64)), 'head': jnp.ones((64, 64))}
   >>> updates, state = tx.update(gradients, tx.init(params), params)
   >>> params = optax.apply_updates(params, updates)

@@ -256,7 +256,7 @@ def test_averages_of_quantized_arrays_are_refused():
   params = lpmm.quantize(PAIR, lpmm.INT8)
   with jax.numpy_dtype_promotion('standard'):
     average = optax.incremental_update(params, params, 0.1)
-  with pytest.raises(TypeError, match='a: the codes .* int8 have become float32'):
+  with pytest.raises(TypeError, match=r'a: the codes .* int8 have become float32'):
     lpmm.dequantize(average)
   tx = lpmm.sgdm(0.1)
   with pytest.raises(TypeError, match='a: the codes'):
@@ -269,7 +269,7 @@ def test_states_that_start_as_the_parameters_can_be_donated():
   params = {'w': jnp.ones((16, 16)), 'q': lpmm.quantize(jnp.ones((64, 64)), lpmm.INT8)}
   tx = lpmm.low_precision(optax.contrib.schedule_free_sgd(0.1))
   step = jax.jit(functools.partial(lpmm.step, tx), donate_argnums=(1, 2))
-  params, state = step(jax.tree.map(jnp.ones_like, lpmm.dequantize(params)), params, tx.init(params))
+  params, _ = step(jax.tree.map(jnp.ones_like, lpmm.dequantize(params)), params, tx.init(params))
   assert np.isfinite(params['w']).all()
 
 
