@@ -6,13 +6,11 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lpmm_optax import _array
 from lpmm_optax import _codec
 from lpmm_optax import _deterministic
 from lpmm_optax import _gradient
-from lpmm_optax import _random
 from lpmm_optax import _tiles
 
 
@@ -55,33 +53,31 @@ def accumulate_leaf(
   target: Any = gradient.accumulated
   blocks = _array.blocks_of(target)
   quantized = _array.is_quantized(target)
-  tiling = _tiles.choose_tiling(target.shape, blocks, static.tile_size if quantized else target.size)
-  cells = _codec.make_cells(tiling.tile_shape, blocks)
-  codec = _array.codec_of(target, tiling.tile_shape, cells)
+  tilings = _tiles.choose_tilings(target.shape, blocks, static.tile_size if quantized else target.size)
   dtype = _codec.compute_dtype(target.dtype)
 
-  def bits(coordinates):
-    if not quantized or target.format.rounding == 'nearest':
-      return None
-    ones = (1,) * len(cells.view_shape(cells.shape, cells.sizes))
-    leading = [jnp.asarray(x, jnp.uint32).reshape(ones) for x in start]
-    own = [cells.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
-    return _random.random_bits(word, _random.element_index(static.shape, [*leading, *own]))
+  def stages(tile_shape):
+    cells = _codec.make_cells(tile_shape, blocks)
+    codec = _array.codec_of(target, tile_shape, cells)
 
-  def first(coordinates, reads, writes):
-    recent = cells.split(reads)
-    if not quantized:
-      total = gradient.combine(codec.decode(writes), recent, dtype)
-      return codec.encode(total, None)
-    delta = dataclasses.replace(gradient, accumulated=None).combine(None, recent, dtype)
-    return codec.encode(codec.decode(writes) + delta, bits(coordinates), _codec.Change(writes, delta))
+    def bits(coordinates):
+      return _array.random_bits(target, word, cells, static.shape, coordinates, start)
 
-  def second(coordinates, payload):
-    return codec.finish(payload)[0]
+    def first(coordinates, reads, writes):
+      recent = cells.split(reads)
+      if not quantized:
+        total = gradient.combine(codec.decode(writes), recent, dtype)
+        return codec.encode(total, None)
+      delta = dataclasses.replace(gradient, accumulated=None).combine(None, recent, dtype)
+      return codec.encode(codec.decode(writes) + delta, bits(coordinates), _codec.Change(writes, delta))
 
-  def last(payload, result, reads):
-    return result
+    def second(coordinates, payload):
+      return codec.finish(payload)[0]
 
-  stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
-  arrays = _tiles.update_in_place(stages, tiling, zero, gradient.recent, _array.stored(target), fused=not quantized)
+    def last(payload, result, reads):
+      return result
+
+    return _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
+
+  arrays = _tiles.update_in_place(stages, tilings, zero, gradient.recent, _array.stored(target), fused=not quantized)
   return _array.with_stored(target, arrays)

@@ -163,6 +163,35 @@ def whole_codec(leaf: Any) -> _codec.Codec:
   return codec_of(leaf, leaf.shape, _codec.make_cells(leaf.shape, blocks_of(leaf)))
 
 
+def random_bits(
+  leaf: Any,
+  word: jax.Array,
+  cells: _codec.Cells,
+  shape: tuple[int, ...],
+  coordinates: Sequence[jax.Array],
+  start: Sequence[jax.Array] = (),
+) -> jax.Array | None:
+  """What a tile of a leaf is rounded with; None if the leaf is dense or rounds to nearest.
+
+  Args:
+    leaf: QuantizedArray or dense array.
+    word: uint32[2], the leaf's random word.
+    cells: of the tile.
+    shape: of the whole array that elements are numbered in, of which the leaf may be a slice.
+    coordinates: per axis of the leaf, a uint32 vector of the tile's coordinates.
+    start: per leading axis that the leaf lacks, its index there.
+
+  Returns:
+    uint32 in cell view.
+  """
+  format = format_of(leaf)
+  if format is None or format.rounding == 'nearest':
+    return None
+  own = [cells.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
+  leading = [jnp.asarray(x, jnp.uint32).reshape((1,) * own[0].ndim) for x in start]
+  return _random.random_bits(word, _random.element_index(shape, [*leading, *own]))
+
+
 def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:
   """An array of the shape of `like`, filled with one value and stored in `format`, or dense if None.
 
@@ -246,8 +275,7 @@ def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) ->
   cells = codec_cells(codec)
   bits = None
   if word is not None:
-    coordinates = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, d) for d in range(x.ndim)]
-    bits = cells.split(_random.random_bits(word, _random.element_index(x.shape, coordinates)))
+    bits = random_bits(target, word, cells, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
   rounded, _ = codec.finish(codec.encode(cells.split(x.astype(jnp.float32)), bits))
   return with_stored(target, rounded._replace(codes=cells.merge(rounded.codes)))
 
@@ -283,7 +311,8 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
     The tree, with a QuantizedArray for every leaf that was stored.
 
   Raises:
-    TypeError, ValueError: for a leaf that the format chosen for it cannot hold, naming its path.
+    TypeError, ValueError: for a leaf that the format chosen for it cannot hold, naming its path; for a format or a
+      where that is none.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> params = {'kernel': jnp.ones((128, 64)), 'bias': jnp.zeros(64)}
@@ -296,6 +325,8 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   """
   if not isinstance(format, Format):
     raise TypeError(f'format must be a Format such as lpmm.INT8, got {format!r}')
+  if not (where is None or callable(where) or isinstance(where, list | tuple)):
+    raise TypeError(f'where must be a list of (regex, Format or None), or a function of path and leaf, got {where!r}')
   format = format.with_block_size(_format.PARAM_BLOCK_SIZE)
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
   paths = [path_str(path) for path, _ in leaves]
@@ -309,8 +340,7 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
     if chosen is None:
       return leaf
     _check_param_format(path, leaf, chosen)
-    word = words[i] if key is not None and chosen.rounding == 'stochastic' else None
-    return encode(jnp.asarray(leaf), chosen, word=word)
+    return encode(jnp.asarray(leaf), chosen, word=None if key is None else words[i])
 
   out = [one(i, path, leaf) for i, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True))]
   return jax.tree.unflatten(treedef, out)

@@ -216,7 +216,10 @@ def value_and_step(
   0.10
   """
   if not isinstance(tx, _multi_steps.MultiSteps):
-    raise TypeError(f'value_and_step accumulates, so it takes an lpmm_optax.MultiSteps, got {type(tx).__name__}')
+    raise TypeError(
+      f'value_and_step accumulates, so it takes an lpmm_optax.MultiSteps, got {type(tx).__name__}; what precedes the '
+      'optimizer goes inside, MultiSteps(chain(clip, adamw), k)'
+    )
   microbatches = tx.microbatches
   if microbatches.should_skip is not None:
     raise ValueError(

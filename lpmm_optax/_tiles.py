@@ -36,58 +36,69 @@ def default_tile_size(total: int, slots: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-  """How an array is cut: along one axis, split into (groups, steps, run), a tile is one step of every group.
+  """Tiles of one shape, of which one or two lots make up an array.
 
-  An axis sharded over up to `groups` devices is cut within each shard, so no device needs another's data.
+  One axis is cut: each of its groups, from `start` on, into runs; a tile is one run of every group. An axis sharded
+  over up to `groups` devices is cut within each shard, so no device needs another's data.
 
   Attributes:
     shape: of the whole array.
     axis: which is cut.
     groups: runs per tile.
+    start: where in a group the first run begins.
+    run: its length.
     steps: tiles.
   """
 
   shape: tuple[int, ...]
   axis: int
   groups: int
+  start: int
+  run: int
   steps: int
 
   @property
   def tile_shape(self) -> tuple[int, ...]:
-    return tuple(n // self.steps if d == self.axis else n for d, n in enumerate(self.shape))
+    return tuple(self.groups * self.run if d == self.axis else n for d, n in enumerate(self.shape))
 
-  def _strided(self, x: jax.Array) -> jax.Array:
-    """Splits the cut axis, which may be counted in elements or in blocks."""
-    run = x.shape[self.axis] // (self.groups * self.steps)
-    return x.reshape(*x.shape[: self.axis], self.groups, self.steps, run, *x.shape[self.axis + 1 :])
+  @property
+  def group(self) -> int:
+    """The length of a group."""
+    return self.shape[self.axis] // self.groups
+
+  def _by_group(self, x: jax.Array, step: jax.Array) -> tuple[jax.Array, int, jax.Array]:
+    """An array with its cut axis split, and in that axis, counted in elements or in blocks, run and start of a tile."""
+    group = x.shape[self.axis] // self.groups
+    start, run = self.start * group // self.group, self.run * group // self.group
+    return x.reshape(*x.shape[: self.axis], self.groups, group, *x.shape[self.axis + 1 :]), run, start + step * run
 
   def take(self, x: jax.Array, step: jax.Array) -> jax.Array:
     """Tile number `step` of an array."""
-    if self.steps == 1:
+    if self.tile_shape == self.shape:
       return x
-    tile = lax.dynamic_slice_in_dim(self._strided(x), step, 1, self.axis + 1)
+    by_group, run, start = self._by_group(x, step)
+    tile = lax.dynamic_slice_in_dim(by_group, start, run, self.axis + 1)
     return tile.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 1 :])
 
   def put(self, x: jax.Array, tile: jax.Array, step: jax.Array) -> jax.Array:
     """The array with tile number `step` replaced; the tile may come in any shape that lists its elements in order."""
-    if self.steps == 1:
+    if self.tile_shape == self.shape:
       return tile.reshape(x.shape)
-    strided = self._strided(x)
-    run = strided.shape[self.axis + 2]
-    tile = tile.reshape(*x.shape[: self.axis], self.groups, 1, run, *x.shape[self.axis + 1 :])
-    return lax.dynamic_update_slice_in_dim(strided, tile, step, self.axis + 1).reshape(x.shape)
+    by_group, run, start = self._by_group(x, step)
+    tile = tile.reshape(*x.shape[: self.axis], self.groups, run, *x.shape[self.axis + 1 :])
+    return lax.dynamic_update_slice_in_dim(by_group, tile, start, self.axis + 1).reshape(x.shape)
 
   def coordinates(self, step: jax.Array) -> list[jax.Array]:
     """Per axis, the tile's global coordinates: uint32 vectors."""
     out = [lax.iota(jnp.uint32, n) for n in self.tile_shape]
-    if self.steps > 1:
-      run = self.shape[self.axis] // (self.groups * self.steps)
-      group, offset = jnp.divmod(out[self.axis], jnp.uint32(run))
-      out[self.axis] = (group * jnp.uint32(self.steps) + step.astype(jnp.uint32)) * jnp.uint32(run) + offset
+    if self.tile_shape != self.shape:
+      group, offset = jnp.divmod(out[self.axis], jnp.uint32(self.run))
+      start = jnp.uint32(self.start) + step.astype(jnp.uint32) * jnp.uint32(self.run)
+      out[self.axis] = group * jnp.uint32(self.group) + start + offset
     return out
 
 
-def choose_tiling(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_size: int) -> Tiling:
+def choose_tilings(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_size: int) -> list[Tiling]:
   """Cuts an array into tiles of at most `tile_size` elements where its shape allows.
 
   Args:
@@ -96,19 +107,28 @@ def choose_tiling(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_si
     tile_size: in elements.
 
   Returns:
-    The Tiling: along the first axis long enough, else along the one that gives the smallest tiles. A sharded axis is
-    split over at most all devices, so their number, as far as it divides the axis, gives the groups.
+    The lots of tiles, along the first axis long enough, else along the one that gives the smallest. Equal tiles, unless
+    they would be under half of what was asked for (a vocabulary of 50257 is a prime number): then there is one more
+    lot, of one tile with the rest, which costs the compilation of another loop. A sharded axis is split over at most
+    all devices, so their number, as far as it divides the axis, gives the groups.
   """
   needed = -(-math.prod(shape) // tile_size)
-  best = Tiling(shape, 0, 1, 1)
+  best = [Tiling(shape, 0, 1, 0, shape[0] if shape else 1, 1)]
+  most = 1
   for axis, n in enumerate(shape):
-    units = n // math.lcm(*(size for a, size in blocks if a == axis))
-    groups = math.gcd(units, jax.device_count())
-    quotient = units // groups
-    smallest_cofactor = quotient // needed
-    steps = quotient // _format.largest_divisor(quotient, smallest_cofactor) if smallest_cofactor else quotient
-    if steps > best.steps and best.steps < needed:
-      best = Tiling(shape, axis, groups, steps)
+    unit = math.lcm(*(size for a, size in blocks if a == axis))
+    groups = math.gcd(n // unit, jax.device_count())
+    units = n // unit // groups
+    if most >= needed or units <= most:
+      continue
+    run = max(units // needed, 1)
+    equal = _format.largest_divisor(units, run)
+    run = equal if 2 * equal >= run else run
+    steps, rest = divmod(units, run)
+    most = steps
+    best = [Tiling(shape, axis, groups, 0, run * unit, steps)]
+    if rest:
+      best.append(Tiling(shape, axis, groups, steps * run * unit, rest * unit, 1))
   return best
 
 
@@ -145,8 +165,8 @@ class Stages(NamedTuple):
 
 
 def update_in_place(
-  stages: Stages,
-  tiling: Tiling,
+  stages: Callable[[tuple[int, ...]], Stages],
+  tilings: list[Tiling],
   zero: jax.Array,
   reads: Any,
   writes: Any,
@@ -155,8 +175,8 @@ def update_in_place(
   """Runs a staged update over all tiles of a leaf.
 
   Args:
-    stages: of the update.
-    tiling: of the leaf.
+    stages: of the update, for tiles of a shape.
+    tilings: of the leaf.
     zero: uint32[], zero at run time.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
@@ -165,6 +185,19 @@ def update_in_place(
   Returns:
     The new `writes`.
   """
+  for tiling in tilings:
+    writes = _update_lot(stages(tiling.tile_shape), tiling, zero, reads, writes, fused)
+  return writes
+
+
+def fold(body: Callable[[Tiling, jax.Array, Any], Any], tilings: list[Tiling], total: Any) -> Any:
+  """`total` after `total = body(tiling, step, total)` for every tile."""
+  for tiling in tilings:
+    total = lax.fori_loop(0, tiling.steps, functools.partial(body, tiling), total)
+  return total
+
+
+def _update_lot(stages: Stages, tiling: Tiling, zero: jax.Array, reads: Any, writes: Any, fused: bool) -> Any:
   first, second, last = stages
   run = (lambda fn, *args: fn(*args)) if fused else functools.partial(apart, zero)
 

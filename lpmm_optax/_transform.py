@@ -154,63 +154,61 @@ def update_leaf(
   slots = [param, *fields]
   blocks = [block for leaf in (*slots, gradient.accumulated) for block in _array.blocks_of(leaf)]
   is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
-  tiling = _tiles.choose_tiling(param.shape, blocks, param.size if is_dense else static.tile_size)
-  cells = _codec.make_cells(tiling.tile_shape, blocks)
-  param_codec, *codecs = (_array.codec_of(leaf, tiling.tile_shape, cells) for leaf in slots)
+  tilings = _tiles.choose_tilings(param.shape, blocks, param.size if is_dense else static.tile_size)
   dtype = _codec.compute_dtype(param.dtype)
   hyperparams = {name: jnp.asarray(value).astype(dtype) for name, value in hyperparams.items()}
-
-  def bits(slot, coordinates):
-    format = _array.format_of(slots[slot])
-    if format is None or format.rounding == 'nearest':
-      return None
-    split = [cells.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
-    return _random.random_bits(words[slot], _random.element_index(param.shape, split))
-
   # Finite gradients keep the state finite, which the square of a larger one would not be.
   squared = any(_array.is_quantized(field) and field.format.grid == 'sqrt' for field in fields)
 
-  def first(coordinates, reads, writes):
-    old = (reads | writes)['param']
-    value = param_codec.decode(old)
-    g = gradient.tile(reads['gradient'], cells, dtype)
-    if squared:
-      g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
-    delta, *new = (
-      jnp.broadcast_to(x.astype(dtype), value.shape)
-      for x in static.program(
-        g,
-        value,
-        *(c.decode(tile).astype(x.dtype) for c, tile, x in zip(codecs, writes['fields'], fields, strict=True)),
-        *(cells.split(x) for x in reads['reads']),
-        *scalars,
+  def stages(tile_shape):
+    cells = _codec.make_cells(tile_shape, blocks)
+    param_codec, *codecs = (_array.codec_of(leaf, tile_shape, cells) for leaf in slots)
+
+    def bits(slot, coordinates):
+      return _array.random_bits(slots[slot], words[slot], cells, param.shape, coordinates)
+
+    def first(coordinates, reads, writes):
+      old = (reads | writes)['param']
+      value = param_codec.decode(old)
+      g = gradient.tile(reads['gradient'], cells, dtype)
+      if squared:
+        g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
+      delta, *new = (
+        jnp.broadcast_to(x.astype(dtype), value.shape)
+        for x in static.program(
+          g,
+          value,
+          *(c.decode(tile).astype(x.dtype) for c, tile, x in zip(codecs, writes['fields'], fields, strict=True)),
+          *(cells.split(x) for x in reads['reads']),
+          *scalars,
+        )
       )
-    )
-    payload = param_codec.encode(value + delta, bits(0, coordinates), _codec.Change(old, delta))
-    return payload, new
+      payload = param_codec.encode(value + delta, bits(0, coordinates), _codec.Change(old, delta))
+      return payload, new
 
-  def second(coordinates, carried):
-    payload, values = carried
-    _, error = param_codec.finish(payload)
-    if static.feedback is not None and error is not None:
-      named = static.feedback.apply(dict(zip(static.fields, values, strict=True)), error, hyperparams)
-      values = [named[name] for name in static.fields]
-    return [
-      codec.finish(codec.encode(value, bits(1 + k, coordinates)))[0]
-      for k, (codec, value) in enumerate(zip(codecs, values, strict=True))
-    ]
+    def second(coordinates, carried):
+      payload, values = carried
+      _, error = param_codec.finish(payload)
+      if static.feedback is not None and error is not None:
+        named = static.feedback.apply(dict(zip(static.fields, values, strict=True)), error, hyperparams)
+        values = [named[name] for name in static.fields]
+      return [
+        codec.finish(codec.encode(value, bits(1 + k, coordinates)))[0]
+        for k, (codec, value) in enumerate(zip(codecs, values, strict=True))
+      ]
 
-  def last(carried, result, reads):
-    payload, _ = carried
-    new, _ = param_codec.finish(payload)
-    if static.in_place:
-      return {'param': new, 'fields': result}
-    if _array.is_quantized(param):
-      old = reads['param']._replace(codes=cells.split(reads['param'].codes))
-      return {'delta': _codec.subtract(new, old), 'fields': result}
-    return {'delta': _codec.Stored(payload.extra), 'fields': result}
+    def last(carried, result, reads):
+      payload, _ = carried
+      new, _ = param_codec.finish(payload)
+      if static.in_place:
+        return {'param': new, 'fields': result}
+      if _array.is_quantized(param):
+        old = reads['param']._replace(codes=cells.split(reads['param'].codes))
+        return {'delta': _codec.subtract(new, old), 'fields': result}
+      return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
-  stages = _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
+    return _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
+
   only_read: dict[str, Any] = {'gradient': gradient.stored(), 'reads': reads}
   writes: dict[str, Any] = {'fields': [_array.stored(leaf) for leaf in fields]}
   if static.in_place:
@@ -219,7 +217,7 @@ def update_leaf(
     only_read['param'] = _array.stored(param)
     writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['param'])
   # XLA by itself updates arrays in place that are read and written in one dtype.
-  writes = _tiles.update_in_place(stages, tiling, zero, only_read, writes, fused=is_dense)
+  writes = _tiles.update_in_place(stages, tilings, zero, only_read, writes, fused=is_dense)
   new = _array.with_stored(param, writes['param' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
@@ -237,16 +235,15 @@ def reduce_leaf(
   """A reduction of all of `program(gradient, *scalars)` to a scalar, tile by tile: the square of its norm, say."""
   template: Any = gradient.accumulated
   blocks = _array.blocks_of(template)
-  tiling = _tiles.choose_tiling(template.shape, blocks, tile_size)
-  cells = _codec.make_cells(tiling.tile_shape, blocks)
   reduce, combine, start = _REDUCERS[name]
 
-  def body(step, total):
+  def body(tiling, step, total):
+    cells = _codec.make_cells(tiling.tile_shape, blocks)
     reads = jax.tree.map(lambda x: tiling.take(x, step), gradient.stored())
     (value,) = program(gradient.tile(reads, cells, jnp.float32), *scalars)
     return combine(total, reduce(value))
 
-  return jax.lax.fori_loop(0, tiling.steps, body, jnp.float32(start))
+  return _tiles.fold(body, _tiles.choose_tilings(template.shape, blocks, tile_size), jnp.float32(start))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

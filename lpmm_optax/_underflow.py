@@ -77,12 +77,10 @@ def underflow_report(params: Any, updates: Any) -> dict[str, Underflow]:
 def _measure(leaf: _array.QuantizedArray, update: jax.Array) -> Underflow:
   def measure(leaf, update):
     stored, blocks = _array.stored(leaf), _array.blocks_of(leaf)
-    # Smaller tiles than those of the update: what is summed up is stored first, by XLA on a CPU.
-    tiling = _tiles.choose_tiling(leaf.shape, blocks, _tiles.default_tile_size(leaf.size, 1) // _SUMS)
-    cells = _codec.make_cells(tiling.tile_shape, blocks)
-    codec: Any = _array.codec_of(leaf, tiling.tile_shape, cells)
 
-    def body(i, totals):
+    def body(tiling, i, totals):
+      cells = _codec.make_cells(tiling.tile_shape, blocks)
+      codec: Any = _array.codec_of(leaf, tiling.tile_shape, cells)
       tile, size = jax.tree.map(lambda x: tiling.take(x, i), (stored, update))
       size = cells.split(jnp.abs(size.astype(jnp.float32)))
       step = codec.step(tile)
@@ -98,7 +96,9 @@ def _measure(leaf: _array.QuantizedArray, update: jax.Array) -> Underflow:
       )
       return [total + jnp.sum(x) for total, x in zip(totals, sums, strict=True)]
 
-    lost, changed, squares, lost_size, size = jax.lax.fori_loop(0, tiling.steps, body, [jnp.float32(0)] * 5)
+    # Smaller tiles than those of the update: what is summed up is stored first, by XLA on a CPU.
+    tilings = _tiles.choose_tilings(leaf.shape, blocks, _tiles.default_tile_size(leaf.size, 1) // _SUMS)
+    lost, changed, squares, lost_size, size = _tiles.fold(body, tilings, [jnp.float32(0)] * 5)
     share = lambda part, whole: part / jnp.where(whole > 0, whole, 1.0)
     return {
       'below_half': share(lost, changed),

@@ -69,7 +69,7 @@ def test_step_equals_update_and_apply_updates(name, format):
   assert_same_bits(run(tx, start(format), route='step'), run(tx, start(format), route='update'))
 
 
-SHAPES = [SHAPE, (3, 3, 64, 96), (131072,), (8, 127, 192), (320, 100)]
+SHAPES = [SHAPE, (3, 3, 64, 96), (131072,), (8, 127, 192), (320, 100), (509, 64), (64, 509)]
 
 
 @pytest.mark.parametrize(('name', 'shape'), [('sgdm', shape) for shape in SHAPES] + [('adamw', SHAPE)], ids=str)
@@ -81,18 +81,34 @@ def test_no_result_depends_on_the_tile_size(name, shape):
 
 
 def test_tiles_are_as_small_as_asked_and_cover_the_array():
-  tiling = _tiles.choose_tiling((4096, 4096), [(1, 64), (1, 128)], 2**18)
+  (tiling,) = _tiles.choose_tilings((4096, 4096), [(1, 64), (1, 128)], 2**18)
   assert (tiling.axis, tiling.groups * tiling.steps, tiling.groups) == (0, 8 * 64, 8)
   assert tiling.tile_shape == (64, 4096)
-  x = jnp.arange(24 * 6).reshape(24, 6)
-  tiling = _tiles.choose_tiling((24, 6), [], 36)
+  (tiling,) = _tiles.choose_tilings((24, 6), [], 36)
   assert tiling.steps == 3  # 24 = 8 groups (one per device) of 3; the smallest tiles there are have 8 rows.
+
+
+@pytest.mark.parametrize(
+  ('shape', 'blocks', 'tile_size', 'lots'),
+  [
+    ((24, 6), [], 36, [(3, (8, 6))]),
+    ((50257, 12), [(1, 4)], 2**14, [(37, (1358, 12)), (1, (11, 12))]),
+    ((12, 50257), [(0, 4)], 2**14, [(37, (12, 1358)), (1, (12, 11))]),
+    ((8 * 101, 4), [(0, 4)], 128, [(33, (24, 4)), (1, (16, 4))]),
+  ],
+)
+def test_tiles_cover_the_array(shape, blocks, tile_size, lots):
+  tilings = _tiles.choose_tilings(shape, blocks, tile_size)
+  assert [(tiling.steps, tiling.tile_shape) for tiling in tilings] == lots
+  x = jnp.arange(np.prod(shape)).reshape(shape)
   y = jnp.zeros_like(x)
-  for step in range(tiling.steps):
-    tile = tiling.take(x, jnp.int32(step))
-    rows = np.asarray(tiling.coordinates(jnp.int32(step))[0])
-    np.testing.assert_array_equal(tile, x[rows])
-    y = tiling.put(y, tile, jnp.int32(step))
+  for tiling in tilings:
+    for step in map(jnp.int32, range(tiling.steps)):
+      tile = tiling.take(x, step)
+      index = np.ix_(*map(np.asarray, tiling.coordinates(step)))
+      np.testing.assert_array_equal(tile, x[index])
+      np.testing.assert_array_equal(y[index], 0)
+      y = tiling.put(y, tile, step)
   np.testing.assert_array_equal(x, y)
 
 

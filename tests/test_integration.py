@@ -265,11 +265,13 @@ def test_averages_of_quantized_arrays_are_refused():
   np.testing.assert_allclose(average['a'], PAIR['a'], rtol=1e-2)
 
 
-def test_states_that_start_as_the_parameters_can_be_donated():
+@pytest.mark.parametrize('make', [optax.contrib.prodigy, optax.contrib.dog])
+def test_states_that_start_as_the_parameters_can_be_donated(make):
   params = {'w': jnp.ones((16, 16)), 'q': lpmm.quantize(jnp.ones((64, 64)), lpmm.INT8)}
-  tx = lpmm.low_precision(optax.contrib.schedule_free_sgd(0.1))
+  tx = lpmm.low_precision(make(0.1))
   step = jax.jit(functools.partial(lpmm.step, tx), donate_argnums=(1, 2))
-  params, _ = step(jax.tree.map(jnp.ones_like, lpmm.dequantize(params)), params, tx.init(params))
+  with jax.numpy_dtype_promotion('standard'):
+    params, _ = step(jax.tree.map(jnp.ones_like, lpmm.dequantize(params)), params, tx.init(params))
   assert np.isfinite(params['w']).all()
 
 
