@@ -371,9 +371,23 @@ def thinned(losses: list[float]) -> list[tuple[int, float]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def whole_lines(file: Path) -> str:
+  """What a file holds, without the part of a line that an interrupted run may have left; empty if there is none."""
+  text = file.read_text() if file.exists() else ''
+  return text[: text.rfind('\n') + 1]
+
+
 def read(file: Path) -> list[dict[str, Any]]:
   """The runs in a file; none if there is no file."""
-  return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+  return [json.loads(line) for line in whole_lines(file).splitlines()]
+
+
+def append(file: Path, runs: list[dict[str, Any]]) -> None:
+  """Adds runs."""
+  if file.exists() and (whole := whole_lines(file)) != file.read_text():
+    file.write_text(whole)
+  with file.open('a') as out:
+    out.write(''.join(json.dumps(run) + '\n' for run in runs))
 
 
 def about() -> dict[str, Any]:
@@ -449,9 +463,9 @@ def run(args: argparse.Namespace, task_name: str, task: Task, points: list[Point
       advance = lambda step, bar=bar: progress.update(bar, completed=step)
       with jax.numpy_dtype_promotion('standard'):
         outcomes = train(task, ALL_METHODS[method], count, seeds, advance)
-      with args.results.open('a') as out:
-        for config, outcome in zip(configs, outcomes, strict=True):
-          out.write(json.dumps({'config': config, 'results': outcome.results} | about()) + '\n')
+      made = about()
+      runs = [{'config': c, 'results': outcome.results} | made for c, outcome in zip(configs, outcomes, strict=True)]
+      append(args.results, runs)
       progress.remove_task(bar)
       progress.advance(all_runs)
       metrics = ' '.join(f'{outcome.results["metric"]:.4f}' for outcome in outcomes)

@@ -166,8 +166,20 @@ class Ablation(NamedTuple):
 
 FEEDBACK, PLAIN = 'stochastic, feedback', 'stochastic alone'
 BASES = {FEEDBACK: 'sgdm-8', PLAIN: 'sgdm-8-paper'}
-# Where nothing is simulated, and what the presets have.
+# Of the ablations; the presets' own among them.
 PRESET_BLOCK, PRESET_RANDOM_BITS = 64, lpmm.INT8.fraction_bits
+BLOCK_SIZES = (16, PRESET_BLOCK, 256)
+RANDOM_BITS = (2, 4, 8, PRESET_RANDOM_BITS)
+
+
+def block_size(base: str, size: int) -> str:
+  """The name of a method with parameters in blocks of this size."""
+  return base if size == PRESET_BLOCK else f'{base}/blocks-of-{size}'
+
+
+def random_bits(base: str, bits: int) -> str:
+  """The name of a method whose parameters are rounded with so many random bits."""
+  return base if bits == PRESET_RANDOM_BITS else f'{base}/{bits}-random-bits'
 
 
 def with_params(base: str, fmt: lpmm.Format, what: str) -> Method:
@@ -189,21 +201,12 @@ VARIANTS = {
   'sgdm-16-paper': with_params('sgdm-8-paper', lpmm.INT16, '16-bit parameters'),
 }
 for _base in BASES.values():
-  for _size in (16, 256):
+  for _size in set(BLOCK_SIZES) - {PRESET_BLOCK}:
     _format = dataclasses.replace(lpmm.INT8, block_size=_size)
-    VARIANTS[f'{_base}/blocks-of-{_size}'] = with_params(_base, _format, f'parameters in blocks of {_size}')
-  for _bits in (2, 4, 8):
-    VARIANTS[f'{_base}/{_bits}-random-bits'] = with_params(
-      _base, Simulated(random_bits=_bits), f'parameters rounded with {_bits} random bits'
-    )
-
-
-def block_size(base: str, size: int) -> Point:
-  return Point(base if size == PRESET_BLOCK else f'{base}/blocks-of-{size}')
-
-
-def random_bits(base: str, bits: int) -> Point:
-  return Point(base if bits == PRESET_RANDOM_BITS else f'{base}/{bits}-random-bits')
+    VARIANTS[block_size(_base, _size)] = with_params(_base, _format, f'parameters in blocks of {_size}')
+  for _bits in set(RANDOM_BITS) - {PRESET_RANDOM_BITS}:
+    _format = Simulated(random_bits=_bits)
+    VARIANTS[random_bits(_base, _bits)] = with_params(_base, _format, f'parameters rounded with {_bits} random bits')
 
 
 def fewer_updates(method: str, microbatches: int) -> Point:
@@ -225,13 +228,13 @@ ABLATIONS = {
     'chars',
     'block size of the parameters',
     'parameters that share a scale, at most (a row may be shorter)',
-    {label: {str(n): block_size(base, n) for n in (16, 64, 256)} for label, base in BASES.items()},
+    {label: {str(n): Point(block_size(base, n)) for n in BLOCK_SIZES} for label, base in BASES.items()},
   ),
   'random-bits': Ablation(
     'chars-finetune',
     'random bits per rounding of a parameter',
     'bits',
-    {label: {str(n): random_bits(base, n) for n in (2, 4, 8, 22)} for label, base in BASES.items()},
+    {label: {str(n): Point(random_bits(base, n)) for n in RANDOM_BITS} for label, base in BASES.items()},
   ),
   'rounding': Ablation(
     'chars-finetune',

@@ -369,113 +369,151 @@ def low_precision(
   return transform(inner, 'low_precision', formats, key, tile_size)
 
 
-def transform(
-  inner: optax.GradientTransformation,
-  name: str,
-  formats: _field_formats.Formats,
-  key: jax.Array | None,
-  tile_size: int | None,
-  feedback: _feedback.Feedback | None = None,
-  into_momentum: IntoMomentum | None = None,
-  preceding: Sequence[optax.GradientTransformation] | None = None,
-) -> InPlaceTransformation:
-  """`low_precision` with more that its aliases need.
+def _evaluate_outer(
+  plan: _inner.Plan,
+  tile_size: int,
+  zero: jax.Array,
+  gradients: dict[int, _gradient.Gradient],
+  arrays: list[Any],
+  leaves: list[Any],
+) -> dict[int, jax.Array]:
+  """The outer values of a plan: from the gradients of its leaves, the arrays of its entries, and the parameters."""
+  # An accumulated gradient would be decoded whole to be reduced.
+  reductions = {
+    value: reduction
+    for value, reduction in plan.reductions.items()
+    if reduction.name in _REDUCERS and _array.is_quantized(gradients[reduction.leaf].accumulated)
+  }
 
-  Args:
+  def evaluate(zero, sources):
+    def argument(value):
+      if value in reductions:
+        reduction = reductions[value]
+        scalars = plan.graph.evaluate(reduction.scalars, argument)
+        values = [scalars[v] for v in reduction.scalars]
+        return reduce_leaf(reduction.name, reduction.program, tile_size, sources['gradient'][reduction.leaf], values)
+      if value in plan.graph.known:
+        return sources['closure'][value]
+      what, index = plan.inputs[value]
+      x, aval = sources[what][index], plan.graph.avals[value]
+      if what == 'gradient':
+        return x.dense(aval)
+      is_shared = what == 'state' and plan.entries[index].leaf is None
+      return x if is_shared else _array.dequantize(x, aval.dtype)
+
+    return _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument, reductions), zero)()
+
+  templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
+  closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
+  sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
+  return _sharding.follow_each(evaluate, templates, zero, sources)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowPrecision:
+  """What `transform` makes a transformation of; its arguments, checked.
+
+  Attributes:
     inner: the transformation.
     name: for messages.
     formats: of the inner state.
-    key: for rounding.
-    tile_size: in elements.
-    feedback: of rounding errors.
-    into_momentum: passed on.
-    preceding: transformations of the gradients that are traced together with inner, so that a clipped gradient, say, is
-      never stored. Their state is dense. With them the state is a tuple, as that of `optax.chain` is.
-
-  Returns:
-    The transformation.
+    raw_key: for rounding.
+    tile_size: in elements, or None.
+    feedback: of rounding errors, or None.
+    preceding: what transforms the gradients first, or None; the state is a tuple if it is not None.
   """
-  _field_formats.check(formats)
-  _tiles.check_size(tile_size)
-  raw_key = _random.raw_key(key)
-  inner = optax.with_extra_args_support(inner)
-  # Of the gradients as they come.
-  composite = inner if preceding is None else optax.with_extra_args_support(optax.chain(*preceding, inner))
 
-  def init(params):
+  inner: optax.GradientTransformationExtraArgs
+  name: str
+  formats: _field_formats.Formats
+  raw_key: jax.Array
+  tile_size: int | None
+  feedback: _feedback.Feedback | None
+  preceding: tuple[optax.GradientTransformation, ...] | None
+
+  @functools.cached_property
+  def composite(self) -> optax.GradientTransformationExtraArgs:
+    """The transformation of the gradients as they come."""
+    if self.preceding is None:
+      return self.inner
+    return optax.with_extra_args_support(optax.chain(*self.preceding, self.inner))
+
+  def init(self, params: Any) -> Any:
+    """The state before the first step."""
     structure, leaves = _inner.flatten(_array.unwrap(params))
     # A copy, since a step that donates the state deletes it.
-    key = jnp.array(raw_key)
-    own = LowPrecisionState(jnp.zeros((), jnp.int32), key, _init_inner(formats, inner, structure, leaves))
-    if preceding is None:
+    key = jnp.array(self.raw_key)
+    inner_state = _init_inner(self.formats, self.inner, structure, leaves)
+    own = LowPrecisionState(jnp.zeros((), jnp.int32), key, inner_state)
+    if self.preceding is None:
       return own
-    before = _init_inner(None, optax.chain(*preceding), structure, leaves) if preceding else ()
+    before = _init_inner(None, optax.chain(*self.preceding), structure, leaves) if self.preceding else ()
     return (*before, own)
 
-  def split(state):
+  def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    """Deltas, and the state."""
+    return self._advance(updates, params, state, False, extra_args)
+
+  def step(self, gradients: Any, params: Any, state: Any, **extra_args: Any) -> tuple[Any, Any]:
+    """Parameters, and the state."""
+    return self._advance(gradients, params, state, True, extra_args)
+
+  def obstacles(self, params: Any, **extra_args: Any) -> dict[str, str]:
+    """As in `InPlaceTransformation`."""
+    structure, _ = _inner.flatten(_array.unwrap(params))
+    _, shapes = _inner.trace_init(self.composite, structure)
+    plan = _inner.plan_update(self.composite, structure, *_inner.entries_of(structure, shapes), extra_args)
+    return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
+
+  def preceded_by(self, transformations: Sequence[optax.GradientTransformation]) -> InPlaceTransformation:
+    """The same of gradients that others have transformed first."""
+    # What is accumulated into the momentum are the gradients as they come, so there it stays alone.
+    return dataclasses.replace(self, preceding=(*transformations, *(self.preceding or ()))).transformation(None)
+
+  def transformation(self, into_momentum: IntoMomentum | None) -> InPlaceTransformation:
+    """As it is used."""
+    return InPlaceTransformation(
+      self.init, self.update, self.step, self.obstacles, preceded_by=self.preceded_by, into_momentum=into_momentum
+    )
+
+  def _split(self, state: Any) -> tuple[tuple[Any, ...], LowPrecisionState]:
     """The states of the preceding transformations, and our own."""
     before, own = (), state
-    if preceding is not None:
+    if self.preceding is not None:
       count = len(state) if isinstance(state, tuple) else 1
-      if count != len(preceding) + 1:
-        raise ValueError(f'a chain of {len(preceding) + 1} transformations got a state of {count}')
+      if count != len(self.preceding) + 1:
+        raise ValueError(f'a chain of {len(self.preceding) + 1} transformations got a state of {count}')
       *before, own = state
     if not isinstance(own, LowPrecisionState):
       raise TypeError(
-        f'{name} got a state of type {type(own).__name__}, which it did not create; see that the chain that made the '
-        'state is the one that uses it'
+        f'{self.name} got a state of type {type(own).__name__}, which it did not create; see that the chain that made '
+        'the state is the one that uses it'
       )
     return tuple(before), own
 
-  def advance(gradients, params, state, in_place, extra_args):
+  def _advance(
+    self, gradients: Any, params: Any, state: Any, in_place: bool, extra_args: dict[str, Any]
+  ) -> tuple[Any, Any]:
     if params is None:
-      raise ValueError(f'{name} needs the parameters: call update(gradients, state, params)')
-    before, state = split(state)
+      raise ValueError(f'{self.name} needs the parameters: call update(gradients, state, params)')
+    before, own = self._split(state)
     structure, leaves = _inner.flatten(params)
     gradients = _gradient.flatten(structure, gradients)
-    combined = state.inner_state if preceding is None else (*before, state.inner_state)
+    combined = own.inner_state if self.preceding is None else (*before, own.inner_state)
     entries, arrays, treedef = _inner.entries_of(structure, combined)
-    _inner.check_state(name, composite, structure, entries, arrays)
-    plan = _inner.plan_update(composite, structure, entries, arrays, treedef, extra_args)
-    zero = _deterministic.runtime_zero(state.step)
+    _inner.check_state(self.name, self.composite, structure, entries, arrays)
+    plan = _inner.plan_update(self.composite, structure, entries, arrays, treedef, extra_args)
+    zero = _deterministic.runtime_zero(own.step)
+    most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
+    tile_size = self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
+    outer = _evaluate_outer(plan, tile_size, zero, gradients, arrays, leaves)
+    hyperparams = self.feedback.hyperparams(own.step) if self.feedback else {}
+    paths = [structure.paths[i] for i in structure.active]
+    words = dict(zip(structure.active, _random.slot_words(own.key, [own.step], paths, 1 + most), strict=True))
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
     names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(entries)]
 
-    most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
-    size = tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
-    # An accumulated gradient would be decoded whole to be reduced.
-    reductions = {
-      value: reduction
-      for value, reduction in plan.reductions.items()
-      if reduction.name in _REDUCERS and _array.is_quantized(gradients[reduction.leaf].accumulated)
-    }
-
-    def evaluate(zero, sources):
-      def argument(value):
-        if value in reductions:
-          reduction = reductions[value]
-          scalars = plan.graph.evaluate(reduction.scalars, argument)
-          values = [scalars[v] for v in reduction.scalars]
-          return reduce_leaf(reduction.name, reduction.program, size, sources['gradient'][reduction.leaf], values)
-        if value in plan.graph.known:
-          return sources['closure'][value]
-        what, index = plan.inputs[value]
-        x, aval = sources[what][index], plan.graph.avals[value]
-        if what == 'gradient':
-          return x.dense(aval)
-        is_shared = what == 'state' and entries[index].leaf is None
-        return x if is_shared else _array.dequantize(x, aval.dtype)
-
-      return _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument, reductions), zero)()
-
-    templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
-    closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
-    sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
-    outer = _sharding.follow_each(evaluate, templates, zero, sources)
-    hyperparams = feedback.hyperparams(state.step) if feedback else {}
-    paths = [structure.paths[i] for i in structure.active]
-    words = dict(zip(structure.active, _random.slot_words(state.key, [state.step], paths, 1 + most), strict=True))
     new_leaves = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
     new_arrays = list(arrays)
     for e, value in plan.shared.items():
@@ -483,9 +521,8 @@ def transform(
       new_arrays[e] = new if new.dtype == arrays[e].dtype else new.astype(arrays[e].dtype)
     for i, leaf in plan.leaves.items():
       fields = tuple(names[e] for e in leaf.fields)
-      static = LeafUpdate(
-        leaf.program, fields, feedback if feedback and feedback.fields <= set(fields) else None, in_place, size
-      )
+      feedback = self.feedback if self.feedback and self.feedback.fields <= set(fields) else None
+      static = LeafUpdate(leaf.program, fields, feedback, in_place, tile_size)
       new_leaves[i], new_fields = _sharding.follow(
         functools.partial(update_leaf, static),
         _array.stored(leaves[i]).codes,
@@ -501,27 +538,36 @@ def transform(
       for e, array in zip(leaf.fields, new_fields, strict=True):
         new_arrays[e] = array
     combined = treedef.unflatten(new_arrays)
-    *before, inner_state = (combined,) if preceding is None else combined
-    new_state: Any = LowPrecisionState(optax.safe_increment(state.step), state.key, inner_state)
-    return structure.treedef.unflatten(new_leaves), new_state if preceding is None else (*before, new_state)
+    *new_before, inner_state = (combined,) if self.preceding is None else combined
+    new_own = LowPrecisionState(optax.safe_increment(own.step), own.key, inner_state)
+    return structure.treedef.unflatten(new_leaves), new_own if self.preceding is None else (*new_before, new_own)
 
-  def update(updates, state, params=None, **extra_args):
-    return advance(updates, params, state, False, extra_args)
 
-  def step(gradients, params, state, **extra_args):
-    return advance(gradients, params, state, True, extra_args)
+def transform(
+  inner: optax.GradientTransformation,
+  name: str,
+  formats: _field_formats.Formats,
+  key: jax.Array | None,
+  tile_size: int | None,
+  feedback: _feedback.Feedback | None = None,
+  into_momentum: IntoMomentum | None = None,
+) -> InPlaceTransformation:
+  """`low_precision` with more that its aliases need.
 
-  def obstacles(params, **extra_args):
-    structure, _ = _inner.flatten(_array.unwrap(params))
-    _, shapes = _inner.trace_init(composite, structure)
-    plan = _inner.plan_update(composite, structure, *_inner.entries_of(structure, shapes), extra_args)
-    return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
+  Args:
+    inner: the transformation.
+    name: for messages.
+    formats: of the inner state.
+    key: for rounding.
+    tile_size: in elements.
+    feedback: of rounding errors.
+    into_momentum: passed on.
 
-  def preceded_by(transformations):
-    before = (*transformations, *(preceding or ()))
-    # What is accumulated into the momentum are the gradients as they come, so there it stays alone.
-    return transform(inner, name, formats, key, tile_size, feedback, preceding=before)
-
-  return InPlaceTransformation(
-    init, update, step, obstacles, preceded_by=preceded_by, into_momentum=into_momentum if preceding is None else None
-  )
+  Returns:
+    The transformation.
+  """
+  _field_formats.check(formats)
+  _tiles.check_size(tile_size)
+  inner = optax.with_extra_args_support(inner)
+  low_precision = LowPrecision(inner, name, formats, _random.raw_key(key), tile_size, feedback, None)
+  return low_precision.transformation(into_momentum)

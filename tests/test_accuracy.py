@@ -93,6 +93,16 @@ def test_every_run_is_made_once(accuracy, file):
   assert sorted(names) == sorted(expected)
 
 
+def test_a_line_that_was_interrupted_is_no_run_and_makes_way(accuracy, tmp_path):
+  file = tmp_path / 'runs.jsonl'
+  assert accuracy.read(file) == []
+  accuracy.append(file, [{'a': 1}])
+  file.write_text(file.read_text() + '{"a": 2, "b')
+  assert accuracy.read(file) == [{'a': 1}]
+  accuracy.append(file, [{'a': 2}, {'a': 3}])
+  assert accuracy.read(file) == [{'a': 1}, {'a': 2}, {'a': 3}]
+
+
 def test_a_run_holds_what_it_takes_to_judge_it(accuracy, file):
   runs = [run for run in accuracy.read(file) if run['config']['settings']['steps'] == 20]
   hyperparameters = {'rate': 0.5, 'weight_decay': 0.0, 'clip': None, 'steps': 20, 'warmup': 2, 'final': 0.1}

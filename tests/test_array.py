@@ -218,6 +218,8 @@ def test_unsupported_leaves_are_refused_by_path():
     lpmm.quantize({'a': {'b': jnp.float32(1)}}, lpmm.INT8, where=forced(lpmm.INT8))
   with pytest.raises(TypeError, match='Format'):
     lpmm.quantize(tree, 8)
+  with pytest.raises(TypeError, match='where must be a list'):
+    lpmm.quantize(tree, lpmm.INT8, where={'a': None})
   with jax.enable_x64(True), pytest.raises(TypeError, match=r'a/b.*float64'):
     lpmm.quantize({'a': {'b': jnp.ones((64, 64), jnp.float64)}}, lpmm.INT8)
 

@@ -80,6 +80,12 @@ def test_no_result_depends_on_the_tile_size(name, shape):
     assert_same_bits(run(make(tile_size=tile_size), start(shape=shape), shape=shape), whole)
 
 
+@pytest.mark.parametrize('make', [lpmm.sgdm, lambda *a, **kw: lpmm.MultiSteps(lpmm.sgdm(*a), 2, **kw)])
+def test_a_tile_has_an_element_at_least(make):
+  with pytest.raises(ValueError, match='tile_size must be at least 1'):
+    make(0.1, tile_size=0)
+
+
 def test_tiles_are_as_small_as_asked_and_cover_the_array():
   (tiling,) = _tiles.choose_tilings((4096, 4096), [(1, 64), (1, 128)], 2**18)
   assert (tiling.axis, tiling.groups * tiling.steps, tiling.groups) == (0, 8 * 64, 8)
