@@ -15,7 +15,7 @@ from lpmm_optax import _hyperparams
 from lpmm_optax import _transform
 
 
-def _why_no_feedback(formats: _field_formats.Formats, momentum: Any, nesterov: bool) -> str | None:
+def _problem_with_feedback(formats: _field_formats.Formats, momentum: Any, nesterov: bool) -> str | None:
   """Why rounding errors cannot be put back into this momentum, or None if they can."""
   if momentum is None or (_hyperparams.is_known(momentum) and not 0 < momentum < 1):
     return f'it needs a momentum between 0 and 1, got {momentum}'
@@ -204,7 +204,7 @@ def sgdm(
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
   _field_formats.check(formats, ('trace',))
   learning_rate = _hyperparams.checked('learning_rate', learning_rate)
-  problem = _why_no_feedback(formats, momentum, nesterov)
+  problem = _problem_with_feedback(formats, momentum, nesterov)
   error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
   weight_decay = _hyperparams.check('weight_decay', weight_decay)
   # One structure of the state whatever the weight decay, which inject_hyperparams makes a tracer.
