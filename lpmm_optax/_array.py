@@ -17,6 +17,8 @@ from lpmm_optax import _random
 from lpmm_optax import _sharding
 from lpmm_optax._format import Format
 
+_MOST_NAMED = 3  # Leaves in one message.
+
 Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]]
 
 
@@ -127,6 +129,12 @@ def check_codes(path: str, leaf: Any) -> None:
 def path_str(path: Any) -> str:
   """A key path as users write it, 'Dense_0/kernel'; '<root>' for a bare leaf."""
   return jax.tree_util.keystr(path, simple=True, separator='/') or '<root>'
+
+
+def name_some(paths: Sequence[str]) -> str:
+  """Paths for a message: the first three, and how many more there are."""
+  more = f' and {len(paths) - _MOST_NAMED} more' if len(paths) > _MOST_NAMED else ''
+  return ('; '.join(paths[:_MOST_NAMED]) or 'nothing') + more
 
 
 def codec_of(leaf: Any, shape: tuple[int, ...], cells: _codec.Cells) -> _codec.Codec:

@@ -24,7 +24,6 @@ _MOMENTA: dict[type, tuple[str, ...]] = {
   _sgdm.DecayedMomentumState: ('momentum',),
   _sgdm.DecayedVelocityState: ('learning_rate', 'momentum'),
 }
-_MOST_NAMED = 3  # Leaves in one message.
 
 
 def convert(
@@ -205,7 +204,7 @@ def _difference(path: str, source: Any, target: Any) -> str:
     items, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_array.is_quantized)
     return [_join(path, keys) or '<root>' for keys, _ in items]
 
-  only = lambda a, b: ', '.join([name for name in a if name not in b][:_MOST_NAMED]) or 'nothing'
+  only = lambda a, b: _array.name_some([name for name in a if name not in b])
   had, wanted = names(source), names(target)
   return (
     f'{path or "<root>"}: the trees are not of one optimizer and one set of parameters: what is converted has '

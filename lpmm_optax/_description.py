@@ -14,8 +14,6 @@ from lpmm_optax import _array
 from lpmm_optax import _random
 from lpmm_optax import _sharding
 
-_MOST_NAMED = 3  # Leaves in one message.
-
 
 def describe(tree: Any, version: str) -> dict[str, Any]:
   """The description of a tree of concrete arrays; costs one pass over them."""
@@ -42,8 +40,8 @@ def check_formats(description: dict[str, Any], like: Any) -> None:
   only_saved, only_wanted = ([f'{p} {a[p]}' for p in a if p not in b] for a, b in ((saved, wanted), (wanted, saved)))
   if only_saved or only_wanted:
     raise ValueError(
-      f'{source} is not of the tree that it is to be restored into: it has {_name(only_saved)} that the tree has not, '
-      f'and the tree {_name(only_wanted)} that it has not'
+      f'{source} is not of the tree that it is to be restored into: it has {_array.name_some(only_saved)} that the '
+      f'tree has not, and the tree {_array.name_some(only_wanted)} that it has not'
     )
   for path, entry in saved.items():
     if entry != wanted[path]:
@@ -58,7 +56,7 @@ def check_contents(description: dict[str, Any], tree: Any) -> None:
   sums = _checksums(_flatten(tree))
   odd = [path for path, entry in description['arrays'].items() if entry['checksum'] != sums[path]]
   if odd:
-    raise ValueError(f'the checkpoint is damaged: not what was saved: {_name(odd)}')
+    raise ValueError(f'the checkpoint is damaged: not what was saved: {_array.name_some(odd)}')
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -75,11 +73,6 @@ def _how_stored(leaf: Any) -> dict[str, Any]:
 
 def _say(entry: dict[str, Any]) -> str:
   return f'{entry["shape"]} as {entry["stored"]}'
-
-
-def _name(leaves: list[str]) -> str:
-  more = f' and {len(leaves) - _MOST_NAMED} more' if len(leaves) > _MOST_NAMED else ''
-  return ('; '.join(leaves[:_MOST_NAMED]) or 'nothing') + more
 
 
 def _words(x: Any) -> Any:
