@@ -80,7 +80,7 @@ class Task(NamedTuple):
     metric: its name; accuracies are percentages.
     steps: of the optimizer.
     rates: peak learning rate of each optimizer that the task is trained by.
-    weight_decay: by optimizer; SGD adds it to the gradient, AdamW subtracts it.
+    weight_decay: by optimizer; SGD adds it to the gradient, the others subtract it.
     warmup: steps to the peak, from which a cosine falls to `final` of it.
     final: a fraction.
     clip: by optimizer, the largest global norm of a gradient, if any.
@@ -199,11 +199,11 @@ def characters(args: argparse.Namespace, data: datasets.Text, **changed: int) ->
     evaluate=lambda weights, extra: float(np.mean([mean_loss(weights, *window) for window in windows])),
     metric='validation loss',
     steps=settings['steps'],
-    rates={'sgdm': 0.3 * settings['batch_size'] / 16, 'adamw': 3e-3},
-    weight_decay={'sgdm': 1e-4, 'adamw': 0.1},
+    rates={'sgdm': 0.3 * settings['batch_size'] / 16, 'adamw': 3e-3, 'lion': 1e-3},
+    weight_decay={'sgdm': 1e-4, 'adamw': 0.1, 'lion': 0.3},
     warmup=settings['steps'] // 20,
     final=0.1,
-    clip={'adamw': 1.0},
+    clip={'adamw': 1.0, 'lion': 1.0},
   )
 
 

@@ -19,6 +19,7 @@ import lpmm_optax as lpmm
 
 MOMENTUM = 0.9
 B1, B2 = 0.9, 0.95
+LION_B1, LION_B2 = 0.9, 0.99
 
 NEAREST = dataclasses.replace(lpmm.INT8, rounding='nearest')
 BFLOAT16_NEAREST = dataclasses.replace(lpmm.BFLOAT16, rounding='nearest')
@@ -29,7 +30,7 @@ class Method(NamedTuple):
   """How it is trained.
 
   Attributes:
-    optimizer: 'sgdm' or 'adamw'.
+    optimizer: 'sgdm', 'adamw' or 'lion'.
     params: the format of parameters, or their dtype.
     make_tx: of a task's hyperparameters and a key.
     accumulator: ours for microbatches, 'optax' for that of Optax, None for a method that takes no microbatches.
@@ -68,6 +69,14 @@ def our_adamw(error_feedback=True, formats='default'):
   return lambda rate, decay, key: lpmm.adamw(
     rate, B1, B2, weight_decay=decay, error_feedback=error_feedback, formats=formats, key=key
   )
+
+
+def optax_lion(rate, decay, key):
+  return optax.lion(rate, LION_B1, LION_B2, weight_decay=decay)
+
+
+def our_lion(formats='default'):
+  return lambda rate, decay, key: lpmm.lion(rate, LION_B1, LION_B2, weight_decay=decay, formats=formats, key=key)
 
 
 def flash_adamw(rate, decay, key):
@@ -115,6 +124,9 @@ METHODS = {
   'adamw-8-nearest': Method('adamw', NEAREST, our_adamw(False, ADAM_NEAREST), NEAREST, 'adamw-fp32', '8 bits, nearest'),
   'adamw-8-plain': Method('adamw', lpmm.INT8, our_adamw(False), lpmm.INT8, 'adamw-fp32', '8 bits, stochastic'),
   'adamw-flash': Method('adamw', jnp.bfloat16, flash_adamw, None, 'adamw-fp32', 'flashoptim-jax'),
+  'lion-fp32': Method('lion', jnp.float32, optax_lion, 'optax', 'lion-fp32', 'optax.lion, float32'),
+  'lion-8': Method('lion', lpmm.INT8, our_lion(), lpmm.INT8, 'lion-fp32', '8 bits, stochastic (as it comes)'),
+  'lion-8-nearest': Method('lion', NEAREST, our_lion(NEAREST), NEAREST, 'lion-fp32', '8 bits, nearest'),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

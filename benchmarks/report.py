@@ -46,6 +46,8 @@ SUMMARY = (
   'adamw-fp32',
   'adamw-8',
   'adamw-8-nearest',
+  'lion-fp32',
+  'lion-8',
 )
 BEGIN, END = '<!-- Begin: made by benchmarks/report.py -->', '<!-- End -->'
 INTRODUCTION = """# Results
