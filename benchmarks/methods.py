@@ -306,8 +306,8 @@ ABLATIONS = {
     'microbatches of four, accumulated into fewer, larger updates',
     'microbatches per update, of 16000 examples in all',
     {
-      'stochastic': {str(n): fewer_updates('sgdm-8-paper', n) for n in (1, 4, 16)},
-      'nearest': {str(n): fewer_updates('sgdm-8-nearest', n) for n in (1, 4, 16)},
+      'stochastic': {str(n): fewer_updates('sgdm-8-paper', n) for n in (1, 2, 4, 8)},
+      'nearest': {str(n): fewer_updates('sgdm-8-nearest', n) for n in (1, 2, 4, 8)},
     },
   ),
 }
