@@ -25,6 +25,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 import platform
 import subprocess
@@ -384,8 +385,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def append(file: Path, runs: list[dict[str, Any]]) -> None:
   """Adds runs."""
-  if file.exists() and (whole := whole_lines(file)) != file.read_text():
-    file.write_text(whole)
+  if file.exists():
+    os.truncate(file, len(whole_lines(file).encode()))
   with file.open('a') as out:
     out.write(''.join(json.dumps(run) + '\n' for run in runs))
 

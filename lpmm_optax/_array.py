@@ -82,6 +82,7 @@ class QuantizedArray:
 
   def dense(self, dtype: Any = None) -> jax.Array:
     """The values, in `dtype` or that of the array."""
+    check_codes('<array>', self)
     return _cast(_sharding.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
 
   def __repr__(self) -> str:
@@ -399,7 +400,5 @@ def format_of(leaf: Any) -> Format | None:
 
 
 def count_bytes(leaf: Any) -> int:
-  """Bytes of a leaf, counted from bit widths; a Python number is no array, and takes none."""
-  if is_quantized(leaf):
-    return leaf.nbytes
-  return leaf.size * leaf.dtype.itemsize if hasattr(leaf, 'dtype') else 0
+  """Bytes of a leaf, counted from bit widths."""
+  return leaf.nbytes if is_quantized(leaf) else leaf.size * leaf.dtype.itemsize

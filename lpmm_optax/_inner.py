@@ -104,7 +104,7 @@ def entries_of(params: Params, state: Any) -> tuple[list[Entry], list[Any], Any]
     field = next((name for name in reversed(names) if name and not name.isdigit()), 'state')
     below = None if leaf is None else params.paths[leaf]
     if leaf is not None:
-      same = x.shape == params.templates[leaf].shape and jnp.issubdtype(x.dtype, jnp.floating)
+      same = getattr(x, 'shape', None) == params.templates[leaf].shape and jnp.issubdtype(x.dtype, jnp.floating)
       leaf = leaf if same else None
     entries.append(Entry(_array.path_str(path), field, leaf, below))
   return entries, [x for _, x in items], treedef

@@ -121,6 +121,8 @@ def _state_rows(params: _inner.Params, state: Any) -> tuple[list[MemoryRow], int
   formats = {entry.field: x.format for entry, x in zip(entries, arrays, strict=True) if _array.is_quantized(x)}
   rows, other = [], 0
   for entry, x in zip(entries, arrays, strict=True):
+    if not hasattr(x, 'dtype'):
+      continue  # A Python number takes nothing of the device.
     if entry.leaf is not None:
       path = params.paths[entry.leaf]
       rows.append(_row(entry.field, path, x, formats.get(entry.field), _format.STATE_BLOCK_SIZE, None))

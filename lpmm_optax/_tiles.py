@@ -11,8 +11,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from lpmm_optax import _format
-
 
 def check_size(tile_size: int | None) -> None:
   """Raises a ValueError unless it can be the number of elements of a tile, or None."""
@@ -69,8 +67,10 @@ class Tiling:
   def _by_group(self, x: jax.Array, step: jax.Array) -> tuple[jax.Array, int, jax.Array]:
     """An array with its cut axis split, and in that axis, counted in elements or in blocks, run and start of a tile."""
     group = x.shape[self.axis] // self.groups
-    start, run = self.start * group // self.group, self.run * group // self.group
-    return x.reshape(*x.shape[: self.axis], self.groups, group, *x.shape[self.axis + 1 :]), run, start + step * run
+    run, first = self.run * group // self.group, self.start * group // self.group
+    # Unsigned, for an axis may have more than 2^31 elements.
+    start = jnp.uint32(first) + step.astype(jnp.uint32) * jnp.uint32(run)
+    return x.reshape(*x.shape[: self.axis], self.groups, group, *x.shape[self.axis + 1 :]), run, start
 
   def take(self, x: jax.Array, step: jax.Array) -> jax.Array:
     """Tile number `step` of an array."""
@@ -121,9 +121,8 @@ def choose_tilings(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_s
     units = n // unit // groups
     if most >= needed or units <= most:
       continue
-    run = max(units // needed, 1)
-    equal = _format.largest_divisor(units, run)
-    run = equal if 2 * equal >= run else run
+    longest = max(units // needed, 1)
+    run = next((d for d in range(longest, (longest - 1) // 2, -1) if units % d == 0), longest)
     steps, rest = divmod(units, run)
     most = steps
     best = [Tiling(shape, axis, groups, 0, run * unit, steps)]

@@ -291,8 +291,8 @@ def _init_inner(
 
     x = jnp.broadcast_to(graph.evaluate([graph.outputs[e]], argument)[graph.outputs[e]], arrays[e].shape)
     x = _array.encode(x, chosen[e], arrays[e].dtype) if e in owned else x
-    # The parameter itself can be donated only once.
-    return jnp.copy(x) if any(x is leaf for leaf in leaves) else x
+    # A parameter can be donated only once, and what inner holds on to not at all.
+    return jnp.copy(x) if any(x is other for other in (*leaves, *graph.known.values())) else x
 
   is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves))
   out = []

@@ -302,6 +302,24 @@ def test_errors_fed_back_at_a_low_rate_do_no_harm_when_it_rises(schedule, is_kno
   assert fed_back.max() < limit * max(exact.max(), plain.max())
 
 
+def test_rates_that_no_float_can_be_divided_by_leave_the_moments_finite():
+  params = lpmm.quantize(tree(), lpmm.INT8)
+  with jax.enable_x64(True):
+    params, state = train(lpmm.adam(1e-40), params, gradients(3))
+  assert np.isfinite(lpmm.dequantize(optax.tree.get(state, 'mu'))['kernel']).all()
+
+
+def test_a_schedule_that_cannot_be_looked_up_ahead_says_what_to_do():
+  def schedule(count):
+    return jax.pure_callback(lambda x: np.float32(0.1), jax.ShapeDtypeStruct((), jnp.float32), count)
+
+  params = lpmm.quantize(tree(), lpmm.INT8)
+  with pytest.raises(NotImplementedError) as caught:
+    train(lpmm.adam(schedule), params, gradients(1))
+  assert any('error_feedback=False' in note for note in caught.value.__notes__)
+  train(lpmm.adam(schedule, error_feedback=False), params, gradients(1))
+
+
 @pytest.mark.parametrize('b1', [np.float32(0.0), jnp.zeros(()), 'injected'], ids=['numpy', 'jax', 'injected'])
 def test_without_a_first_moment_there_is_no_feedback(b1):
   grads, start = gradients(5), lpmm.quantize(tree(), lpmm.INT8)
@@ -312,7 +330,7 @@ def test_without_a_first_moment_there_is_no_feedback(b1):
   params, _ = train(tx, start, grads)
   expected, _ = train(lpmm.adam(0.01, b1=0.0), start, grads)
   for a, b in zip(*(jax.tree.leaves(lpmm.dequantize(x)) for x in (params, expected)), strict=True):
-    np.testing.assert_allclose(a, b, atol=0.05)
+    np.testing.assert_allclose(a, b, atol=0.025)  # One grid step, where a last bit of a product differs.
 
 
 def test_feedback_is_on_where_it_can_be():

@@ -285,6 +285,7 @@ def test_memory_report_counts_keys_and_passes_over_numbers():
   state = (lpmm.sgdm(0.1).init(params), jax.random.key(0), 7)
   plain = lpmm.memory_report(params, state[0])
   assert lpmm.memory_report(params, state).bytes == plain.bytes + 8
+  assert lpmm.memory_report(jnp.ones(3), (jnp.ones(3), 7)).bytes == 24
 
 
 def test_injected_hyperparameters_can_be_scheduled_read_and_set():
