@@ -19,12 +19,13 @@ class Feedback:
   Attributes:
     fields: the state fields it needs; a leaf that lacks one gets none.
     hyperparams: `step -> {name: scalar}`, computed once per step.
-    apply: `(fields, error, hyperparams) -> fields` on dense tiles, with error = (parameter + delta) - (what is stored).
+    apply: `(fields, error, grid_step, hyperparams) -> fields` on dense tiles, with error = (parameter + delta) - (what is
+      stored), and the distance of neighbouring grid points, which broadcasts against the tile.
   """
 
   fields: frozenset[str]
   hyperparams: Callable[[jax.Array], dict[str, jax.Array]]
-  apply: Callable[[dict[str, jax.Array], jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]
+  apply: Callable[[dict[str, jax.Array], jax.Array, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]
 
 
 def _may_be(formats: _field_formats.Formats, field: str) -> list[Format | None]:

@@ -76,7 +76,7 @@ def _velocity_feedback(correction: Callable[[], jax.Array]) -> _feedback.Feedbac
   return _feedback.Feedback(
     fields=frozenset({'trace'}),
     hyperparams=lambda step: {'correction': correction()},
-    apply=lambda fields, error, hyper: fields | {'trace': fields['trace'] + hyper['correction'] * error},
+    apply=lambda fields, error, grid_step, hyper: fields | {'trace': fields['trace'] + hyper['correction'] * error},
   )
 
 

@@ -188,9 +188,10 @@ def update_leaf(
 
     def second(coordinates, carried):
       payload, values = carried
-      _, error = param_codec.finish(payload)
+      new, error = param_codec.finish(payload)
       if static.feedback is not None and error is not None:
-        named = static.feedback.apply(dict(zip(static.fields, values, strict=True)), error, hyperparams)
+        named = dict(zip(static.fields, values, strict=True))
+        named = static.feedback.apply(named, error, param_codec.step(new), hyperparams)
         values = [named[name] for name in static.fields]
       return [
         codec.finish(codec.encode(value, bits(1 + k, coordinates)))[0]
