@@ -19,8 +19,8 @@ class Feedback:
   Attributes:
     fields: the state fields it needs; a leaf that lacks one gets none.
     hyperparams: `step -> {name: scalar}`, computed once per step.
-    apply: `(fields, error, grid_step, hyperparams) -> fields` on dense tiles, with error = (parameter + delta) - (what is
-      stored), and the distance of neighbouring grid points, which broadcasts against the tile.
+    apply: `(fields, error, grid_step, hyperparams) -> fields` on dense tiles, with error = (parameter + delta) - (what
+      is stored), and the distance of neighbouring grid points, which broadcasts against the tile.
   """
 
   fields: frozenset[str]

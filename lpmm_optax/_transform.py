@@ -188,8 +188,8 @@ def update_leaf(
 
     def second(coordinates, carried):
       payload, values = carried
-      new, error = param_codec.finish(payload)
-      if static.feedback is not None and error is not None:
+      if static.feedback is not None and not isinstance(param_codec, _codec.DenseCodec):
+        new, error = param_codec.finish(payload)
         named = dict(zip(static.fields, values, strict=True))
         named = static.feedback.apply(named, error, param_codec.step(new), hyperparams)
         values = [named[name] for name in static.fields]
