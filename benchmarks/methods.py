@@ -126,6 +126,9 @@ METHODS = {
   'adamw-flash': Method('adamw', jnp.bfloat16, flash_adamw, None, 'adamw-fp32', 'flashoptim-jax'),
   'lion-fp32': Method('lion', jnp.float32, optax_lion, 'optax', 'lion-fp32', 'optax.lion, float32'),
   'lion-8': Method('lion', lpmm.INT8, our_lion(), lpmm.INT8, 'lion-fp32', '8 bits, stochastic (as it comes)'),
+  'lion-16/8': Method(
+    'lion', lpmm.INT16, our_lion(), lpmm.INT8, 'lion-fp32', '16-bit parameters, 8-bit momentum, stochastic'
+  ),
   'lion-8-nearest': Method('lion', NEAREST, our_lion(NEAREST), NEAREST, 'lion-fp32', '8 bits, nearest'),
 }
 
