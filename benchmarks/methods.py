@@ -65,6 +65,11 @@ def our_sgdm(formats=lpmm.INT8, error_feedback=True):
   )
 
 
+def our_velocity(rate, decay, key):
+  """What `our_sgdm` is but for its feedback."""
+  return lpmm.low_precision(optax_velocity(rate, decay, key), formats=lpmm.INT8, key=key)
+
+
 def our_adamw(error_feedback=True, formats='default'):
   return lambda rate, decay, key: lpmm.adamw(
     rate, B1, B2, weight_decay=decay, error_feedback=error_feedback, formats=formats, key=key
@@ -103,6 +108,9 @@ METHODS = {
   'sgdm-8-nearest': Method('sgdm', NEAREST, our_sgdm(NEAREST, False), NEAREST, 'sgdm-fp32', '8 bits, nearest'),
   'sgdm-8-paper': Method(
     'sgdm', lpmm.INT8, our_sgdm(lpmm.INT8, False), lpmm.INT8, 'sgdm-fp32', "8 bits, stochastic (the paper's)"
+  ),
+  'sgdm-8-velocity': Method(
+    'sgdm', lpmm.INT8, our_velocity, lpmm.INT8, 'sgdm-fp32-velocity', '8 bits, velocity form, stochastic'
   ),
   'sgdm-8': Method('sgdm', lpmm.INT8, our_sgdm(), INTO, 'sgdm-fp32-velocity', '8 bits, feedback (recommended)'),
   'sgdm-16/8': Method(
