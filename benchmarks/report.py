@@ -349,14 +349,13 @@ def plot_curves(found: Group, file: Path) -> str:
 
 def plot_underflow(found: Group, file: Path) -> str | None:
   """What share of the updates rounding to nearest would lose, over training, of the runs that measured it."""
-  measured = [(row, [points for points in row.metric('underflow') if points]) for row in found.table_rows()]
-  if not any(runs for _, runs in measured):
+  rows = found.table_rows()
+  measured = [(row, runs) for row in rows if (runs := [points for points in row.metric('underflow') if points])]
+  if not measured:
     return None
   figure = Figure(figsize=(10, 3.6), layout='constrained')
   shares, sizes = figure.subplots(1, 2)
   for row, runs in measured:
-    if not runs:
-      continue
     values = np.array(runs).mean(0)
     (line,) = shares.plot(values[:, 0], 100 * values[:, 1], marker='.', label=f'{row.method}, below half a step')
     shares.plot(values[:, 0], 100 * values[:, 3], '--', color=line.get_color(), label=f'{row.method}, of their sum')

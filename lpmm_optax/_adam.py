@@ -61,20 +61,12 @@ def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
   return _feedback.Feedback(frozenset({'mu', 'nu'}), hyperparams, apply)
 
 
-def _problem_with_feedback(formats: _field_formats.Formats, b1: Any, nesterov: bool) -> str | None:
-  if _hyperparams.is_known(b1) and not 0 < b1 < 1:
-    return f'it needs a b1 between 0 and 1, got {b1}'
-  if nesterov:
-    return 'its correction is derived for nesterov=False'
-  return _feedback.problem_with(formats, 'mu')
-
-
 def _choose_feedback(
   hyper: dict[str, Any], nesterov: bool, formats: _field_formats.Formats, error_feedback: bool | None
 ) -> _feedback.Feedback | None:
   """The feedback that the arguments ask for, after a check of `formats`."""
   _field_formats.check(formats, ('mu', 'nu'))
-  problem = _problem_with_feedback(formats, hyper['b1'], nesterov)
+  problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), nesterov)
   return _first_moment_feedback(hyper) if _feedback.decide(error_feedback, problem, formats, 'mu') else None
 
 

@@ -9,6 +9,7 @@ import jax
 
 from lpmm_optax import _field_formats
 from lpmm_optax import _format
+from lpmm_optax import _hyperparams
 from lpmm_optax._format import Format
 
 
@@ -38,8 +39,13 @@ def _may_be(formats: _field_formats.Formats, field: str) -> list[Format | None]:
   return [] if callable(wanted) else [format for _, format in wanted]
 
 
-def problem_with(formats: _field_formats.Formats, field: str) -> str | None:
-  """Why rounding errors cannot be put into a momentum stored so, or None if they can."""
+def problem_with(formats: _field_formats.Formats, field: str, decay: tuple[str, Any], nesterov: bool) -> str | None:
+  """Why rounding errors cannot be put into a momentum, given its decay with the argument's name; None if they can."""
+  name, value = decay
+  if value is None or (_hyperparams.is_known(value) and not 0 < value < 1):
+    return f'it needs a {name} between 0 and 1, got {value}'
+  if nesterov:
+    return 'its correction is derived for nesterov=False'
   for format in _may_be(formats, field):
     if format is not None and format.rounding == 'nearest':
       return f'it oscillates when the momentum is rounded to nearest ({format})'

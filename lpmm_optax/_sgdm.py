@@ -15,15 +15,6 @@ from lpmm_optax import _hyperparams
 from lpmm_optax import _transform
 
 
-def _problem_with_feedback(formats: _field_formats.Formats, momentum: Any, nesterov: bool) -> str | None:
-  """Why rounding errors cannot be put back into this momentum, or None if they can."""
-  if momentum is None or (_hyperparams.is_known(momentum) and not 0 < momentum < 1):
-    return f'it needs a momentum between 0 and 1, got {momentum}'
-  if nesterov:
-    return 'its correction is derived for heavy-ball momentum, not for nesterov=True'
-  return _feedback.problem_with(formats, 'trace')
-
-
 class VelocityState(NamedTuple):
   """State of `_velocity`: steps taken, int32[], and the velocity, a tree like the parameters."""
 
@@ -204,7 +195,7 @@ def sgdm(
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
   _field_formats.check(formats, ('trace',))
   learning_rate = _hyperparams.checked('learning_rate', learning_rate)
-  problem = _problem_with_feedback(formats, momentum, nesterov)
+  problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), nesterov)
   error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
   weight_decay = _hyperparams.check('weight_decay', weight_decay)
   # One structure of the state whatever the weight decay, which inject_hyperparams makes a tracer.

@@ -60,6 +60,11 @@ class Tiling:
     return tuple(self.groups * self.run if d == self.axis else n for d, n in enumerate(self.shape))
 
   @property
+  def is_whole(self) -> bool:
+    """Whether the array is one tile."""
+    return self.tile_shape == self.shape
+
+  @property
   def group(self) -> int:
     """The length of a group."""
     return self.shape[self.axis] // self.groups
@@ -74,7 +79,7 @@ class Tiling:
 
   def take(self, x: jax.Array, step: jax.Array) -> jax.Array:
     """Tile number `step` of an array."""
-    if self.tile_shape == self.shape:
+    if self.is_whole:
       return x
     by_group, run, start = self._by_group(x, step)
     tile = lax.dynamic_slice_in_dim(by_group, start, run, self.axis + 1)
@@ -82,7 +87,7 @@ class Tiling:
 
   def put(self, x: jax.Array, tile: jax.Array, step: jax.Array) -> jax.Array:
     """The array with tile number `step` replaced; the tile may come in any shape that lists its elements in order."""
-    if self.tile_shape == self.shape:
+    if self.is_whole:
       return tile.reshape(x.shape)
     by_group, run, start = self._by_group(x, step)
     tile = tile.reshape(*x.shape[: self.axis], self.groups, run, *x.shape[self.axis + 1 :])
@@ -91,7 +96,7 @@ class Tiling:
   def coordinates(self, step: jax.Array) -> list[jax.Array]:
     """Per axis, the tile's global coordinates: uint32 vectors."""
     out = [lax.iota(jnp.uint32, n) for n in self.tile_shape]
-    if self.tile_shape != self.shape:
+    if not self.is_whole:
       group, offset = jnp.divmod(out[self.axis], jnp.uint32(self.run))
       start = jnp.uint32(self.start) + step.astype(jnp.uint32) * jnp.uint32(self.run)
       out[self.axis] = group * jnp.uint32(self.group) + start + offset
@@ -114,17 +119,15 @@ def choose_tilings(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_s
   """
   needed = -(-math.prod(shape) // tile_size)
   best = [Tiling(shape, 0, 1, 0, shape[0] if shape else 1, 1)]
-  most = 1
   for axis, n in enumerate(shape):
     unit = math.lcm(*(size for a, size in blocks if a == axis))
     groups = math.gcd(n // unit, jax.device_count())
     units = n // unit // groups
-    if most >= needed or units <= most:
+    if best[0].steps >= needed or units <= best[0].steps:
       continue
     longest = max(units // needed, 1)
     run = next((d for d in range(longest, (longest - 1) // 2, -1) if units % d == 0), longest)
     steps, rest = divmod(units, run)
-    most = steps
     best = [Tiling(shape, axis, groups, 0, run * unit, steps)]
     if rest:
       best.append(Tiling(shape, axis, groups, steps * run * unit, rest * unit, 1))

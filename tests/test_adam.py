@@ -314,6 +314,7 @@ def test_a_schedule_that_cannot_be_looked_up_ahead_says_what_to_do():
     return jax.pure_callback(lambda x: np.float32(0.1), jax.ShapeDtypeStruct((), jnp.float32), count)
 
   params = lpmm.quantize(tree(), lpmm.INT8)
+  # The error is JAX's own, of a callback that does not say how it is to be vmapped.
   with pytest.raises(NotImplementedError) as caught:
     train(lpmm.adam(schedule), params, gradients(1))
   assert any('error_feedback=False' in note for note in caught.value.__notes__)
