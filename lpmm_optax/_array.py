@@ -8,7 +8,6 @@ import re
 from typing import Any
 
 import jax
-from jax.experimental.shard_alike import shard_alike
 import jax.numpy as jnp
 
 from lpmm_optax import _codec
@@ -211,13 +210,15 @@ def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:
   shape = tuple(template.shape)
 
   def fill(value, dtype, step=None):
-    filled = jnp.full(shape if step is None else tuple(n // s for n, s in zip(shape, step, strict=True)), value, dtype)
+    wanted = shape if step is None else tuple(n // s for n, s in zip(shape, step, strict=True))
     if not isinstance(template, jax.Array):
-      return filled
+      return jnp.full(wanted, value, dtype)
 
     def from_template(x):
       x = x if step is None else x[tuple(slice(None, None, s) for s in step)]
-      return shard_alike(x, filled)[1]
+      # Zero throughout, but the partitioner sees what depends on the template. Of integers, MLIR would know.
+      as_float = x.astype(jnp.float32)
+      return jnp.full(wanted, value, dtype) + (as_float < as_float).astype(dtype)
 
     return _sharding.follow(from_template, template, template)
 
