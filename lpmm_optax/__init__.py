@@ -2,40 +2,40 @@
 
 import importlib.util as _importlib_util
 
-from lpmm_optax._adam import adam
-from lpmm_optax._adam import adamw
-from lpmm_optax._array import QuantizedArray
-from lpmm_optax._array import dequantize
-from lpmm_optax._array import is_quantized
-from lpmm_optax._array import quantize
-from lpmm_optax._backward import value_and_step
-from lpmm_optax._convert import convert
-from lpmm_optax._format import BFLOAT16
-from lpmm_optax._format import INT4
-from lpmm_optax._format import INT8
-from lpmm_optax._format import INT16
-from lpmm_optax._format import UINT8_SQRT
-from lpmm_optax._format import Format
-from lpmm_optax._lion import lion
-from lpmm_optax._multi_steps import INTO_MOMENTUM
-from lpmm_optax._multi_steps import MultiSteps
-from lpmm_optax._multi_steps import MultiStepsState
-from lpmm_optax._placement import shardings
-from lpmm_optax._report import MemoryReport
-from lpmm_optax._report import memory_report
-from lpmm_optax._sgdm import sgdm
-from lpmm_optax._step import apply_if_finite
-from lpmm_optax._step import chain
-from lpmm_optax._step import set_to_zero
-from lpmm_optax._step import step
-from lpmm_optax._transform import InPlaceTransformation
-from lpmm_optax._transform import LowPrecisionState
-from lpmm_optax._transform import low_precision
-from lpmm_optax._underflow import Underflow
-from lpmm_optax._underflow import underflow_report
+from lpmm_optax.optimizers._adam import adam
+from lpmm_optax.optimizers._adam import adamw
+from lpmm_optax.optimizers._lion import lion
+from lpmm_optax.optimizers._low_precision import InPlaceTransformation
+from lpmm_optax.optimizers._low_precision import LowPrecisionState
+from lpmm_optax.optimizers._low_precision import low_precision
+from lpmm_optax.optimizers._sgdm import sgdm
+from lpmm_optax.state._convert import convert
+from lpmm_optax.state._report import MemoryReport
+from lpmm_optax.state._report import memory_report
+from lpmm_optax.state._shardings import shardings
+from lpmm_optax.state._underflow import Underflow
+from lpmm_optax.state._underflow import underflow_report
+from lpmm_optax.storage._array import QuantizedArray
+from lpmm_optax.storage._array import dequantize
+from lpmm_optax.storage._array import is_quantized
+from lpmm_optax.storage._array import quantize
+from lpmm_optax.storage._format import BFLOAT16
+from lpmm_optax.storage._format import INT4
+from lpmm_optax.storage._format import INT8
+from lpmm_optax.storage._format import INT16
+from lpmm_optax.storage._format import UINT8_SQRT
+from lpmm_optax.storage._format import Format
+from lpmm_optax.training._backward import value_and_step
+from lpmm_optax.training._multi_steps import INTO_MOMENTUM
+from lpmm_optax.training._multi_steps import MultiSteps
+from lpmm_optax.training._multi_steps import MultiStepsState
+from lpmm_optax.training._step import apply_if_finite
+from lpmm_optax.training._step import chain
+from lpmm_optax.training._step import set_to_zero
+from lpmm_optax.training._step import step
 
 if _importlib_util.find_spec('flax') is not None:
-  from lpmm_optax import _flax as _flax
+  from lpmm_optax.state import _flax as _flax
 
 __version__ = '0.1.0'
 

@@ -30,7 +30,7 @@ from jax.sharding import SingleDeviceSharding
 import orbax.checkpoint as ocp
 
 import lpmm_optax
-from lpmm_optax import _description
+from lpmm_optax.state import _description
 
 FILE_NAME = 'lpmm_optax.json'
 

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 
 import lpmm_optax as lpmm
-from lpmm_optax import _codec
-from lpmm_optax import _format
+from lpmm_optax.storage import _codec
+from lpmm_optax.storage import _format
 
 
 def tree(seed=0):

@@ -11,8 +11,8 @@ import pytest
 from runs import grid_steps
 
 import lpmm_optax as lpmm
-from lpmm_optax import _codec
-from lpmm_optax import _format
+from lpmm_optax.storage import _codec
+from lpmm_optax.storage import _format
 
 LINEAR = [lpmm.INT4, lpmm.INT8, lpmm.INT16]
 

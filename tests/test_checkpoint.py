@@ -19,8 +19,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import lpmm_optax as lpmm
-from lpmm_optax import _description
 from lpmm_optax import checkpoint
+from lpmm_optax.state import _description
 
 DENSE = {
   'layer': {'kernel': jax.random.normal(jax.random.key(0), (64, 256)), 'bias': jnp.zeros(256)},

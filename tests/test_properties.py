@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lpmm_optax as lpmm
-from lpmm_optax import _format
+from lpmm_optax.storage import _format
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 64, 97, 100, 128])
 SHAPES = st.one_of(

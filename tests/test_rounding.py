@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lpmm_optax as lpmm
-from lpmm_optax import _random
+from lpmm_optax.storage import _random
 
 STEP = float(np.asarray(jnp.bfloat16(2.0**-7)))
 

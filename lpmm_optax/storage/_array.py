@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lpmm_optax import _codec
-from lpmm_optax import _format
-from lpmm_optax import _random
-from lpmm_optax import _sharding
-from lpmm_optax._format import Format
+from lpmm_optax.storage import _codec
+from lpmm_optax.storage import _format
+from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _random
+from lpmm_optax.storage._format import Format
 
 _MOST_NAMED = 3  # Leaves in one message.
 
@@ -82,7 +82,7 @@ class QuantizedArray:
   def dense(self, dtype: Any = None) -> jax.Array:
     """The values, in `dtype` or that of the array."""
     check_codes('<array>', self)
-    return _cast(_sharding.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
+    return _cast(_mesh.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
 
   def __repr__(self) -> str:
     return f'QuantizedArray({jnp.dtype(self.dtype).name}{list(self.shape)} as {self.format})'
@@ -220,7 +220,7 @@ def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:
       as_float = x.astype(jnp.float32)
       return jnp.full(wanted, value, dtype) + (as_float < as_float).astype(dtype)
 
-    return _sharding.follow(from_template, template, template)
+    return _mesh.follow(from_template, template, template)
 
   if format is None:
     return fill(value, dtype)
@@ -246,7 +246,7 @@ def encode(x: jax.Array, format: Format | None, dtype: Any = None, word: jax.Arr
   dtype = jnp.dtype(x.dtype if dtype is None else dtype)
   if format is None:
     return x.astype(dtype)
-  return _sharding.follow(lambda x, word: _encode(x, format=format, dtype=dtype, word=word), x, x, word)
+  return _mesh.follow(lambda x, word: _encode(x, format=format, dtype=dtype, word=word), x, x, word)
 
 
 def pick_format(path: str, leaf: Any, format: Format | None, where: Where | None, block_size: int) -> Format | None:

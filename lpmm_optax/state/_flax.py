@@ -7,8 +7,8 @@ from flax import nnx
 from flax import serialization
 
 import lpmm_optax
-from lpmm_optax._array import QuantizedArray
-from lpmm_optax._array import register_wrapper
+from lpmm_optax.storage._array import QuantizedArray
+from lpmm_optax.storage._array import register_wrapper
 
 _VERSION = 'lpmm_optax'  # That wrote it; beside codes and scales, whose names are those of their storage.
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpmm_optax import _array
-from lpmm_optax import _codec
-from lpmm_optax import _deterministic
-from lpmm_optax import _feedback
-from lpmm_optax import _gradient
-from lpmm_optax import _program
-from lpmm_optax import _tiles
+from lpmm_optax.kernel import _barrier
+from lpmm_optax.kernel import _gradient
+from lpmm_optax.kernel import _tiles
+from lpmm_optax.optimizers import _feedback
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _codec
+from lpmm_optax.trace import _program
 
 _LARGEST_SQUARED = 2.0**63
 
@@ -125,7 +125,7 @@ def update_leaf(
         return {'delta': _codec.subtract(new, old), 'fields': result}
       return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
-    return _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
+    return _tiles.Stages(*(_barrier.uncontracted(stage, zero) for stage in (first, second, last)))
 
   only_read: dict[str, Any] = {'gradient': gradient.stored(), 'reads': reads}
   writes: dict[str, Any] = {'fields': [_array.stored(leaf) for leaf in fields]}

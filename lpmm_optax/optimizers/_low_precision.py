@@ -1,6 +1,6 @@
 """From any Optax transformation to one whose parameters and state are stored in low precision.
 
-The inner transformation is the mathematics on dense values and knows nothing of bits; `_inner` finds what of it is
+The inner transformation is the mathematics on dense values and knows nothing of bits; `_plan` finds what of it is
 elementwise, and `_update` runs that on one leaf, tile by tile. Here is the rest: formats, state, random words, checks,
 and what of the mathematics is not of one leaf.
 """
@@ -16,18 +16,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _array
-from lpmm_optax import _deterministic
-from lpmm_optax import _feedback
-from lpmm_optax import _field_formats
-from lpmm_optax import _gradient
-from lpmm_optax import _inner
-from lpmm_optax import _program
-from lpmm_optax import _random
-from lpmm_optax import _sharding
-from lpmm_optax import _tiles
-from lpmm_optax import _update
-from lpmm_optax import _uses
+from lpmm_optax.kernel import _barrier
+from lpmm_optax.kernel import _gradient
+from lpmm_optax.kernel import _tiles
+from lpmm_optax.kernel import _update
+from lpmm_optax.optimizers import _feedback
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _random
+from lpmm_optax.trace import _field_formats
+from lpmm_optax.trace import _plan
+from lpmm_optax.trace import _program
+from lpmm_optax.trace import _uses
 
 
 class LowPrecisionState(NamedTuple):
@@ -97,15 +97,15 @@ class IntoMomentum(NamedTuple):
 
 def _find_uses(
   inner: optax.GradientTransformationExtraArgs,
-  params: _inner.Params,
-  entries: Sequence[_inner.Entry],
+  params: _plan.Params,
+  entries: Sequence[_plan.Entry],
   arrays: Sequence[Any],
   treedef: Any,
   init: _program.Graph,
 ) -> _uses.Uses:
   """What the inner transformation does with its state, as far as it can be known before the first update."""
   try:
-    plan = _inner.plan_update(inner, params, entries, arrays, treedef, {})
+    plan = _plan.plan_update(inner, params, entries, arrays, treedef, {})
   except Exception:  # It needs extra arguments, a loss value say; a mistake comes up again at the first update.
     return _uses.Uses(entries, set(), {entry.field for entry in entries})
   return _uses.find(init, plan)
@@ -114,15 +114,15 @@ def _find_uses(
 def _init_inner(
   formats: _field_formats.Formats,
   inner: optax.GradientTransformationExtraArgs,
-  params: _inner.Params,
+  params: _plan.Params,
   leaves: list[Any],
 ) -> Any:
   """The inner transformation's first state, each array in its format."""
-  graph, shapes = _inner.trace_init(inner, params)
-  entries, arrays, treedef = _inner.entries_of(params, shapes)
+  graph, shapes = _plan.trace_init(inner, params)
+  entries, arrays, treedef = _plan.entries_of(params, shapes)
   uses = _find_uses(inner, params, entries, arrays, treedef, graph)
   chosen = _field_formats.choose(formats, params, leaves, entries, uses)
-  owned = _inner.owned(entries)
+  owned = _plan.owned(entries)
 
   def from_params(e, leaves):
     """An entry that is no constant: a copy of the parameters, or a random key."""
@@ -214,7 +214,7 @@ def low_precision(
 
 
 def _evaluate_outer(
-  plan: _inner.Plan,
+  plan: _plan.Plan,
   tile_size: int,
   zero: jax.Array,
   gradients: dict[int, _gradient.Gradient],
@@ -247,12 +247,12 @@ def _evaluate_outer(
       is_shared = what == 'state' and plan.entries[index].leaf is None
       return x if is_shared else _array.dequantize(x, aval.dtype)
 
-    return _deterministic.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument, reductions), zero)()
+    return _barrier.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument, reductions), zero)()
 
   templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
   closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
   sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
-  return _sharding.follow_each(evaluate, templates, zero, sources)
+  return _mesh.follow_each(evaluate, templates, zero, sources)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -286,7 +286,7 @@ class LowPrecision:
 
   def init(self, params: Any) -> Any:
     """The state before the first step."""
-    structure, leaves = _inner.flatten(_array.unwrap(params))
+    structure, leaves = _plan.flatten(_array.unwrap(params))
     # A copy, since a step that donates the state deletes it.
     key = jnp.array(self.raw_key)
     inner_state = _init_inner(self.formats, self.inner, structure, leaves)
@@ -306,9 +306,9 @@ class LowPrecision:
 
   def obstacles(self, params: Any, **extra_args: Any) -> dict[str, str]:
     """As in `InPlaceTransformation`."""
-    structure, _ = _inner.flatten(_array.unwrap(params))
-    _, shapes = _inner.trace_init(self.composite, structure)
-    plan = _inner.plan_update(self.composite, structure, *_inner.entries_of(structure, shapes), extra_args)
+    structure, _ = _plan.flatten(_array.unwrap(params))
+    _, shapes = _plan.trace_init(self.composite, structure)
+    plan = _plan.plan_update(self.composite, structure, *_plan.entries_of(structure, shapes), extra_args)
     return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
 
   def preceded_by(self, transformations: Sequence[optax.GradientTransformation]) -> InPlaceTransformation:
@@ -343,13 +343,13 @@ class LowPrecision:
     if params is None:
       raise ValueError(f'{self.name} needs the parameters: call update(gradients, state, params)')
     before, own = self._split(state)
-    structure, leaves = _inner.flatten(params)
+    structure, leaves = _plan.flatten(params)
     gradients = _gradient.flatten(structure, gradients)
     combined = own.inner_state if self.preceding is None else (*before, own.inner_state)
-    entries, arrays, treedef = _inner.entries_of(structure, combined)
-    _inner.check_state(self.name, self.composite, structure, entries, arrays)
-    plan = _inner.plan_update(self.composite, structure, entries, arrays, treedef, extra_args)
-    zero = _deterministic.runtime_zero(own.step)
+    entries, arrays, treedef = _plan.entries_of(structure, combined)
+    _plan.check_state(self.name, self.composite, structure, entries, arrays)
+    plan = _plan.plan_update(self.composite, structure, entries, arrays, treedef, extra_args)
+    zero = _barrier.runtime_zero(own.step)
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     tile_size = self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
     outer = _evaluate_outer(plan, tile_size, zero, gradients, arrays, leaves)
@@ -369,7 +369,7 @@ class LowPrecision:
       fields = tuple(names[e] for e in leaf.fields)
       feedback = self.feedback if self.feedback and self.feedback.fields <= set(fields) else None
       static = _update.LeafUpdate(leaf.program, fields, feedback, in_place, tile_size)
-      new_leaves[i], new_fields = _sharding.follow(
+      new_leaves[i], new_fields = _mesh.follow(
         functools.partial(_update.update_leaf, static),
         _array.stored(leaves[i]).codes,
         gradients[i],

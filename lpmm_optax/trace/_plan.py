@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _array
-from lpmm_optax import _codec
-from lpmm_optax import _program
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _codec
+from lpmm_optax.trace import _program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _feedback
-from lpmm_optax import _field_formats
-from lpmm_optax import _hyperparams
-from lpmm_optax import _transform
+from lpmm_optax.optimizers import _feedback
+from lpmm_optax.optimizers import _hyperparams
+from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.trace import _field_formats
 
 # For how many steps the learning rate is foreseen; what an error leaves in the first moment after them is beta_1^128.
 _HORIZON = 128
@@ -88,7 +88,7 @@ def adam(
   error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
-) -> _transform.InPlaceTransformation:
+) -> _low_precision.InPlaceTransformation:
   r"""Adam, with parameters and both moments stored in low precision.
 
   This is `optax.adam`, whose arguments it takes, rounded once per step: with dense parameters and ``formats=None`` it
@@ -151,7 +151,7 @@ def adam(
   hyper = _checked(learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
   feedback = _choose_feedback(hyper, nesterov, formats, error_feedback)
   inner = optax.adam(**hyper, mu_dtype=mu_dtype, nesterov=nesterov)
-  return _transform.transform(inner, 'adam', formats, key, tile_size, feedback)
+  return _low_precision.transform(inner, 'adam', formats, key, tile_size, feedback)
 
 
 def adamw(
@@ -169,7 +169,7 @@ def adamw(
   error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
-) -> _transform.InPlaceTransformation:
+) -> _low_precision.InPlaceTransformation:
   """Adam with decoupled weight decay, with parameters and both moments stored in low precision.
 
   This is `optax.adamw`, whose arguments it takes; see `adam` for what low precision and error feedback add.
@@ -213,4 +213,4 @@ def adamw(
   feedback = _choose_feedback(hyper, nesterov, formats, error_feedback)
   decay = _hyperparams.checked('weight_decay', weight_decay)
   inner = optax.adamw(**hyper, mu_dtype=mu_dtype, weight_decay=decay, mask=mask, nesterov=nesterov)
-  return _transform.transform(inner, 'adamw', formats, key, tile_size, feedback)
+  return _low_precision.transform(inner, 'adamw', formats, key, tile_size, feedback)

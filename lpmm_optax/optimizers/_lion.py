@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from lpmm_optax import _field_formats
-from lpmm_optax import _hyperparams
-from lpmm_optax import _transform
+from lpmm_optax.optimizers import _hyperparams
+from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.trace import _field_formats
 
 
 def lion(
@@ -21,7 +21,7 @@ def lion(
   formats: _field_formats.Formats = 'default',
   key: jax.Array | None = None,
   tile_size: int | None = None,
-) -> _transform.InPlaceTransformation:
+) -> _low_precision.InPlaceTransformation:
   """Lion, with parameters and momentum stored in low precision.
 
   This is `optax.lion`, whose arguments it takes, rounded once per step: with dense parameters and ``formats=None`` it
@@ -60,4 +60,4 @@ def lion(
   rate = _hyperparams.checked('learning_rate', learning_rate)
   decay = _hyperparams.checked('weight_decay', weight_decay)
   inner = optax.lion(rate, **hyper, mu_dtype=mu_dtype, weight_decay=decay, mask=mask)
-  return _transform.transform(inner, 'lion', formats, key, tile_size)
+  return _low_precision.transform(inner, 'lion', formats, key, tile_size)

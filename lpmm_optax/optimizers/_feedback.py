@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from lpmm_optax import _field_formats
-from lpmm_optax import _format
-from lpmm_optax import _hyperparams
-from lpmm_optax._format import Format
+from lpmm_optax.optimizers import _hyperparams
+from lpmm_optax.storage import _format
+from lpmm_optax.storage._format import Format
+from lpmm_optax.trace import _field_formats
 
 
 @dataclasses.dataclass(frozen=True)

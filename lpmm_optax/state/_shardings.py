@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
-from lpmm_optax import _array
-from lpmm_optax import _inner
-from lpmm_optax import _sharding
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _mesh
+from lpmm_optax.trace import _plan
 
 
 def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
@@ -46,7 +46,7 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
   >>> params['w'].sharding.spec
   P('data', None)
   """
-  structure, leaves = _inner.flatten(_array.unwrap(params))
+  structure, leaves = _plan.flatten(_array.unwrap(params))
   is_spec = lambda x: isinstance(x, PartitionSpec)
   numbered = structure.treedef.unflatten(range(len(leaves)))
   spec_structure: Any = jax.tree.structure(specs, is_leaf=is_spec)
@@ -60,7 +60,7 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
     for i in jax.tree.leaves(part)
   }
   of_param = {i: _of_param(structure.paths[i], leaves[i].shape, spec_of[i], mesh) for i in spec_of}
-  everywhere = _sharding.replicated(mesh)
+  everywhere = _mesh.replicated(mesh)
   # By path, as the state's own arrays are found, but for parameters that no optimizer updates too.
   by_keys = {structure.keys[i]: i for i in of_param}
 
@@ -69,7 +69,7 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
     own = everywhere if i is None or x.shape != leaves[i].shape else of_param[i]
     if not _array.is_quantized(x):
       return own
-    return jax.tree.map(lambda part: _sharding.reshard_for(own, part.shape), x)
+    return jax.tree.map(lambda part: _mesh.reshard_for(own, part.shape), x)
 
   return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_array.is_quantized)
 

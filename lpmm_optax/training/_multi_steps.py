@@ -14,18 +14,18 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _accumulate
-from lpmm_optax import _array
-from lpmm_optax import _deterministic
-from lpmm_optax import _format
-from lpmm_optax import _gradient
-from lpmm_optax import _inner
-from lpmm_optax import _random
-from lpmm_optax import _sharding
-from lpmm_optax import _step
-from lpmm_optax import _tiles
-from lpmm_optax import _transform
-from lpmm_optax._format import Format
+from lpmm_optax.kernel import _accumulate
+from lpmm_optax.kernel import _barrier
+from lpmm_optax.kernel import _gradient
+from lpmm_optax.kernel import _tiles
+from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _format
+from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _random
+from lpmm_optax.storage._format import Format
+from lpmm_optax.trace import _plan
+from lpmm_optax.training import _step
 
 
 class Into(enum.Enum):
@@ -68,7 +68,7 @@ class Microbatches:
   """
 
   tx: optax.GradientTransformationExtraArgs
-  momentum: _transform.IntoMomentum | None
+  momentum: _low_precision.IntoMomentum | None
   every_k: Callable[[jax.Array], Any]
   use_grad_mean: bool
   should_skip: Callable[..., tuple[jax.Array, Any]] | None
@@ -78,7 +78,7 @@ class Microbatches:
 
   def init(self, params: Any) -> MultiStepsState:
     """The state before the first microbatch."""
-    structure, leaves = _inner.flatten(_array.unwrap(params))
+    structure, leaves = _plan.flatten(_array.unwrap(params))
     acc_grads: Any = ()
     if self.momentum is None:
       acc_grads = structure.tree({i: self._new_target(structure, i, leaves[i]) for i in structure.active})
@@ -92,7 +92,7 @@ class Microbatches:
     key = jnp.array(self.raw_key)
     return MultiStepsState(step, jnp.zeros((), jnp.int32), self.tx.init(params), acc_grads, skip_state, key)
 
-  def _new_target(self, structure: _inner.Params, i: int, leaf: Any) -> Any:
+  def _new_target(self, structure: _plan.Params, i: int, leaf: Any) -> Any:
     format = _array.pick_format(structure.paths[i], leaf, self.accumulator, None, _format.STATE_BLOCK_SIZE)
     dtype = structure.templates[i].dtype
     if format is not None and dtype == jnp.float64:
@@ -106,14 +106,14 @@ class Microbatches:
     if not isinstance(state, MultiStepsState):
       raise TypeError(f'MultiSteps got a state of type {type(state).__name__}, which it did not create')
 
-  def targets(self, structure: _inner.Params, state: MultiStepsState) -> dict[int, Any]:
+  def targets(self, structure: _plan.Params, state: MultiStepsState) -> dict[int, Any]:
     """The target of every active leaf.
 
     Raises:
       ValueError: if the state was made for other parameters.
     """
     if self.momentum is not None:
-      entries, arrays, _ = _inner.entries_of(structure, state.inner_opt_state)
+      entries, arrays, _ = _plan.entries_of(structure, state.inner_opt_state)
       owned = {entry.leaf: x for entry, x in zip(entries, arrays, strict=True) if entry.field == self.momentum.field}
       found = {i: owned.get(i) for i in structure.active}
     else:
@@ -128,11 +128,11 @@ class Microbatches:
         raise ValueError(f'{structure.paths[i]}: the parameter has shape {shape}, its accumulator is {target!r}')
     return found
 
-  def with_targets(self, structure: _inner.Params, state: MultiStepsState, targets: dict[int, Any]) -> MultiStepsState:
+  def with_targets(self, structure: _plan.Params, state: MultiStepsState, targets: dict[int, Any]) -> MultiStepsState:
     """The state with other targets."""
     if self.momentum is None:
       return state._replace(acc_grads=structure.tree(targets))
-    entries, arrays, treedef = _inner.entries_of(structure, state.inner_opt_state)
+    entries, arrays, treedef = _plan.entries_of(structure, state.inner_opt_state)
     arrays = [
       targets[entry.leaf] if entry.leaf is not None and entry.field == self.momentum.field else x
       for entry, x in zip(entries, arrays, strict=True)
@@ -156,26 +156,26 @@ class Microbatches:
       weight = rate if weight is None else weight * rate
     return _gradient.Gradient(target, recent, weight=weight)
 
-  def words(self, structure: _inner.Params, state: MultiStepsState) -> dict[int, jax.Array]:
+  def words(self, structure: _plan.Params, state: MultiStepsState) -> dict[int, jax.Array]:
     """The random words of this microbatch, by leaf."""
     paths = [f'acc_grads/{structure.paths[i]}' for i in structure.active]
     words = _random.slot_words(state.key, (state.gradient_step, state.mini_step), paths, 1)[:, 0]
     return dict(zip(structure.active, words, strict=True))
 
-  def accumulation(self, structure: _inner.Params, i: int) -> _accumulate.Accumulation:
+  def accumulation(self, structure: _plan.Params, i: int) -> _accumulate.Accumulation:
     """The static part of a leaf's accumulation."""
     shapes = [template.shape for template in structure.templates.values()]
     size = self.tile_size or _tiles.default_tile_size(sum(map(math.prod, shapes)), 1)
     return _accumulate.Accumulation(structure.templates[i].shape, size)
 
   def accumulate(
-    self, structure: _inner.Params, state: MultiStepsState, gradients: Mapping[int, jax.Array]
+    self, structure: _plan.Params, state: MultiStepsState, gradients: Mapping[int, jax.Array]
   ) -> dict[int, Any]:
     """The targets of all leaves, after the dense gradients of some have been added."""
     targets, words = self.targets(structure, state), self.words(structure, state)
-    zero = _deterministic.runtime_zero(state.mini_step)
+    zero = _barrier.runtime_zero(state.mini_step)
     for i, recent in gradients.items():
-      targets[i] = _sharding.follow(
+      targets[i] = _mesh.follow(
         functools.partial(_accumulate.accumulate_leaf, self.accumulation(structure, i)),
         _array.stored(targets[i]).codes,
         self.gradient(state, targets[i], recent),
@@ -185,7 +185,7 @@ class Microbatches:
       )
     return targets
 
-  def summed(self, structure: _inner.Params, state: MultiStepsState, recent: Mapping[int, jax.Array]) -> Any:
+  def summed(self, structure: _plan.Params, state: MultiStepsState, recent: Mapping[int, jax.Array]) -> Any:
     """The tree of gradients that the optimizer takes: of each leaf's target, and of a last gradient where there is one.
 
     With a momentum as target, the optimizer has what was accumulated already.
@@ -209,7 +209,7 @@ class Microbatches:
       params: the parameters.
       state: of which counts and accumulator are those after the microbatch, if it does not complete the step.
     """
-    always = _deterministic.runtime_zero(state.mini_step) == 0
+    always = _barrier.runtime_zero(state.mini_step) == 0
 
     def emit(params, inner_state):
       return *advance(params, inner_state), always
@@ -238,7 +238,7 @@ class Microbatches:
     self.check(state, params)
 
     def advance(gradients, params, inner_state):
-      if not isinstance(self.tx, _transform.InPlaceTransformation):
+      if not isinstance(self.tx, _low_precision.InPlaceTransformation):
         gradients = _gradient.dense(gradients, params)
       return self.tx.update(gradients, inner_state, params, **extra_args)
 
@@ -257,7 +257,7 @@ class Microbatches:
     return self._advance(gradients, params, state, advance, lambda params, shapes: params)
 
   def _advance(self, gradients, params, state, advance, wait):
-    structure, _ = _inner.flatten(params)
+    structure, _ = _plan.flatten(params)
     gradients = _gradient.dense(gradients, params)
     recent: dict[int, Any] = {i: gradient.recent for i, gradient in _gradient.flatten(structure, gradients).items()}
     last, more = self.is_last(state), ~self.is_last(state)
@@ -279,7 +279,7 @@ class Microbatches:
     return self.take_step(functools.partial(advance, gradients), wait, last, params, state)
 
 
-class MultiSteps(_transform.InPlaceTransformation):
+class MultiSteps(_low_precision.InPlaceTransformation):
   r"""`optax.MultiSteps` with a low-precision accumulator, or without any.
 
   Microbatches are accumulated until k of them have come; the last one's gradient is added to the accumulated ones in
@@ -379,7 +379,7 @@ class MultiSteps(_transform.InPlaceTransformation):
       raw_key=_random.raw_key(key),
       tile_size=tile_size,
     )
-    obstacles = inner.obstacles if isinstance(inner, _transform.InPlaceTransformation) else lambda params, **_: {}
+    obstacles = inner.obstacles if isinstance(inner, _low_precision.InPlaceTransformation) else lambda params, **_: {}
     self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, obstacles)
     self.microbatches = microbatches
     return self

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _array
-from lpmm_optax import _random
-from lpmm_optax import _sgdm
-from lpmm_optax._multi_steps import MultiStepsState
-from lpmm_optax._transform import LowPrecisionState
+from lpmm_optax.optimizers import _sgdm
+from lpmm_optax.optimizers._low_precision import LowPrecisionState
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _random
+from lpmm_optax.training._multi_steps import MultiStepsState
 
 _MULTI_STEPS = (MultiStepsState, optax.MultiStepsState)
 # What m, the sum of decayed gradients, is multiplied by in a form of SGD's momentum: names of arguments of `convert`.

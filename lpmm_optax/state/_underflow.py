@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lpmm_optax import _array
-from lpmm_optax import _codec
-from lpmm_optax import _sharding
-from lpmm_optax import _tiles
+from lpmm_optax.kernel import _tiles
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _codec
+from lpmm_optax.storage import _mesh
 
 _SUMS = 8  # How much smaller.
 
@@ -107,4 +107,4 @@ def _measure(leaf: _array.QuantizedArray, update: jax.Array) -> Underflow:
       'lost': share(lost_size, size),
     }
 
-  return Underflow(**_sharding.follow_each(measure, {}, leaf, update))
+  return Underflow(**_mesh.follow_each(measure, {}, leaf, update))

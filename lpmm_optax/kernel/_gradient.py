@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _array
-from lpmm_optax import _codec
-from lpmm_optax import _inner
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _codec
+from lpmm_optax.trace import _plan
 
 
 @jax.tree_util.register_dataclass
@@ -67,12 +67,12 @@ def dense(gradients: Any, params: Any) -> Any:
   """The tree with every `Gradient` evaluated, for transformations that take arrays."""
   if not any(map(is_gradient, jax.tree.leaves(gradients, is_leaf=is_gradient))):
     return gradients
-  structure, _ = _inner.flatten(params)
+  structure, _ = _plan.flatten(params)
   found = flatten(structure, gradients)
   return structure.tree({i: gradient.dense(structure.templates[i]) for i, gradient in found.items()})
 
 
-def flatten(params: _inner.Params, gradients: Any) -> dict[int, Gradient]:
+def flatten(params: _plan.Params, gradients: Any) -> dict[int, Gradient]:
   """The gradients of the active leaves.
 
   Raises:

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lpmm_optax import _array
-from lpmm_optax import _format
-from lpmm_optax import _inner
-from lpmm_optax import _transform
-from lpmm_optax._format import Format
+from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _format
+from lpmm_optax.storage._format import Format
+from lpmm_optax.trace import _plan
 
 _FP32_BYTES = 4
 
@@ -115,9 +115,9 @@ def _row(group: str, path: str, x: Any, format: Format | None, block_size: int, 
   return MemoryRow(group, path, x.size, _array.count_bytes(x), name, exempt, update)
 
 
-def _state_rows(params: _inner.Params, state: Any) -> tuple[list[MemoryRow], int]:
+def _state_rows(params: _plan.Params, state: Any) -> tuple[list[MemoryRow], int]:
   """The rows of what belongs to parameters in an inner state, or any other; and the bytes of the rest."""
-  entries, arrays, _ = _inner.entries_of(params, state)
+  entries, arrays, _ = _plan.entries_of(params, state)
   formats = {entry.field: x.format for entry, x in zip(entries, arrays, strict=True) if _array.is_quantized(x)}
   rows, other = [], 0
   for entry, x in zip(entries, arrays, strict=True):
@@ -135,7 +135,7 @@ def _state_rows(params: _inner.Params, state: Any) -> tuple[list[MemoryRow], int
 
 
 def memory_report(
-  params: Any, opt_state: Any = (), *, tx: _transform.InPlaceTransformation | None = None, **extra_args: Any
+  params: Any, opt_state: Any = (), *, tx: _low_precision.InPlaceTransformation | None = None, **extra_args: Any
 ) -> MemoryReport:
   """Counts the bytes that parameters and optimizer state occupy for the whole of training.
 
@@ -172,11 +172,11 @@ def memory_report(
     nu/bias: float32, under 4096 elements
   updated in tiles: 2 parameters, 1049600 elements
   """
-  structure, leaves = _inner.flatten(_array.unwrap(params))
+  structure, leaves = _plan.flatten(_array.unwrap(params))
   formats = [leaf.format for leaf in leaves if _array.is_quantized(leaf)]
   updates: dict[str, str] = {}
   if tx is not None:
-    if not isinstance(tx, _transform.InPlaceTransformation):
+    if not isinstance(tx, _low_precision.InPlaceTransformation):
       raise TypeError(f'tx must be an lpmm_optax optimizer, got {tx!r}')
     obstacles = tx.obstacles(params, **extra_args)
     updates = {

@@ -18,10 +18,10 @@ from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lpmm_optax import _format
-from lpmm_optax import _inner
-from lpmm_optax import _program
-from lpmm_optax._format import Format
+from lpmm_optax.storage import _format
+from lpmm_optax.storage._format import Format
+from lpmm_optax.trace import _plan
+from lpmm_optax.trace import _program
 
 Range = tuple[float, float]
 
@@ -145,7 +145,7 @@ def _ranges(graph: _program.Graph, inputs: dict[int, Range]) -> list[Range]:
   return out
 
 
-def _nonnegative(init: _program.Graph, plan: _inner.Plan) -> set[int]:
+def _nonnegative(init: _program.Graph, plan: _plan.Plan) -> set[int]:
   """The entries of the state, by index, that provably never turn negative.
 
   Args:
@@ -173,7 +173,7 @@ def _has_inner_function(op: _program.Op) -> bool:
   return any(isinstance(x, jex.Jaxpr | jex.ClosedJaxpr) for x in jax.tree.leaves(list(op.params.values())))
 
 
-def _divided_by(plan: _inner.Plan) -> set[str]:
+def _divided_by(plan: _plan.Plan) -> set[str]:
   """The fields that reach a denominator, a root or a logarithm."""
   entries = plan.entries
   bits = {field: 1 << k for k, field in enumerate(dict.fromkeys(entry.field for entry in entries))}
@@ -210,7 +210,7 @@ class Uses:
     divided_by: the fields that reach a denominator, a root or a logarithm.
   """
 
-  entries: Sequence[_inner.Entry]
+  entries: Sequence[_plan.Entry]
   nonnegative: set[int]
   divided_by: set[str]
 
@@ -221,7 +221,7 @@ class Uses:
     return _format.BFLOAT16 if self.entries[entry].field in self.divided_by else _format.INT8
 
 
-def find(init: _program.Graph, plan: _inner.Plan) -> Uses:
+def find(init: _program.Graph, plan: _plan.Plan) -> Uses:
   """What the traced `inner.init` and the planned update tell of the state."""
   if not plan.leaves:
     return Uses(plan.entries, set(), set())

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from lpmm_optax import _array
-from lpmm_optax import _codec
-from lpmm_optax import _deterministic
-from lpmm_optax import _gradient
-from lpmm_optax import _tiles
+from lpmm_optax.kernel import _barrier
+from lpmm_optax.kernel import _gradient
+from lpmm_optax.kernel import _tiles
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _codec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def accumulate_leaf(
     def last(payload, result, reads):
       return result
 
-    return _tiles.Stages(*(_deterministic.uncontracted(stage, zero) for stage in (first, second, last)))
+    return _tiles.Stages(*(_barrier.uncontracted(stage, zero) for stage in (first, second, last)))
 
   arrays = _tiles.update_in_place(stages, tilings, zero, gradient.recent, _array.stored(target), fused=not quantized)
   return _array.with_stored(target, arrays)

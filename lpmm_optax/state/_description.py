@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpmm_optax import _array
-from lpmm_optax import _random
-from lpmm_optax import _sharding
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _random
 
 
 def describe(tree: Any, version: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _checksum(words: jax.Array) -> jax.Array:
     hashes = _random.random_bits((key, key * jnp.uint32(0x9E3779B9)), _random.element_index(x.shape, coordinates))
     return {'sum': jnp.sum(hashes, dtype=jnp.uint32)}
 
-  return _sharding.follow_each(add_up, {}, {'words': words})['sum']
+  return _mesh.follow_each(add_up, {}, {'words': words})['sum']
 
 
 def _checksums(leaves: dict[str, Any]) -> dict[str, int]:

@@ -17,14 +17,14 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _accumulate
-from lpmm_optax import _array
-from lpmm_optax import _deterministic
-from lpmm_optax import _gradient
-from lpmm_optax import _inner
-from lpmm_optax import _multi_steps
-from lpmm_optax import _sharding
-from lpmm_optax import _step
+from lpmm_optax.kernel import _accumulate
+from lpmm_optax.kernel import _barrier
+from lpmm_optax.kernel import _gradient
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _mesh
+from lpmm_optax.trace import _plan
+from lpmm_optax.training import _multi_steps
+from lpmm_optax.training import _step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class Sink:
       number = number // n
     whole = jax.tree.map(lambda ref: ref[...], dynamic['target'])
     target = jax.tree.map(lambda x: _slice(x, start), whole)
-    new = _sharding.follow(
+    new = _mesh.follow(
       functools.partial(_accumulate.accumulate_leaf, self.accumulation),
       target.codes,
       _gradient.Gradient(target, gradient, weight=weight),
@@ -229,10 +229,10 @@ def value_and_step(
 
   def wrapped(params, opt_state, *args, **kwargs):
     microbatches.check(opt_state, params)
-    structure, leaves = _inner.flatten(params)
+    structure, leaves = _plan.flatten(params)
     targets = microbatches.targets(structure, opt_state)
     words = microbatches.words(structure, opt_state)
-    zero = _deterministic.runtime_zero(opt_state.mini_step)
+    zero = _barrier.runtime_zero(opt_state.mini_step)
     tracked = [i for i in structure.active if _array.is_quantized(leaves[i]) and _array.is_quantized(targets[i])]
     refs = {i: jax.tree.map(jax.new_ref, targets[i]) for i in tracked}
     dense = {i: _array.dequantize(leaves[i]) for i in structure.active if i not in refs}

@@ -7,8 +7,8 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _gradient
-from lpmm_optax import _transform
+from lpmm_optax.kernel import _gradient
+from lpmm_optax.optimizers import _low_precision
 
 
 def step(
@@ -36,14 +36,14 @@ def step(
   >>> params['w'].tolist()
   [0.5, 0.5, 0.5]
   """
-  if isinstance(tx, _transform.InPlaceTransformation):
+  if isinstance(tx, _low_precision.InPlaceTransformation):
     return tx.step(grads, params, opt_state, **extra_args)
   grads = _gradient.dense(grads, params)
   updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
   return optax.apply_updates(params, updates), opt_state
 
 
-def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformation:
+def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransformation:
   """`optax.chain`, ending in one of our optimizers, that keeps its in-place step.
 
   Args:
@@ -65,9 +65,9 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
     ...
   TypeError: the last transformation of lpmm.chain must be an lpmm_optax optimizer
   """
-  if not txs or not isinstance(txs[-1], _transform.InPlaceTransformation):
+  if not txs or not isinstance(txs[-1], _low_precision.InPlaceTransformation):
     raise TypeError('the last transformation of lpmm.chain must be an lpmm_optax optimizer')
-  if any(isinstance(tx, _transform.InPlaceTransformation) for tx in txs[:-1]):
+  if any(isinstance(tx, _low_precision.InPlaceTransformation) for tx in txs[:-1]):
     raise ValueError('an lpmm_optax optimizer must come last in lpmm.chain: nothing may transform its integer deltas')
   if txs[-1].preceded_by is not None:
     return txs[-1].preceded_by(txs[:-1])
@@ -85,7 +85,7 @@ def chain(*txs: optax.GradientTransformation) -> _transform.InPlaceTransformatio
     params, last_state = txs[-1].step(gradients, params, state[-1], **extra_args)
     return params, (*new_states, last_state)
 
-  return _transform.InPlaceTransformation(
+  return _low_precision.InPlaceTransformation(
     chained.init, optax.with_extra_args_support(chained).update, chained_step, txs[-1].obstacles
   )
 
@@ -127,8 +127,8 @@ def _all_finite(x: jax.Array) -> jax.Array:
 
 
 def apply_if_finite(
-  inner: _transform.InPlaceTransformation, max_consecutive_errors: int
-) -> _transform.InPlaceTransformation:
+  inner: _low_precision.InPlaceTransformation, max_consecutive_errors: int
+) -> _low_precision.InPlaceTransformation:
   """`optax.apply_if_finite` for an optimizer of this package: a step whose gradients are not all finite is skipped.
 
   Optax's own rejects a step with an update made of the gradients, zeroed, which is of another structure than deltas of
@@ -151,7 +151,7 @@ def apply_if_finite(
   >>> params['w'].tolist(), int(state.total_notfinite)
   ([1.0, 1.0], 1)
   """
-  if not isinstance(inner, _transform.InPlaceTransformation):
+  if not isinstance(inner, _low_precision.InPlaceTransformation):
     raise TypeError('lpmm.apply_if_finite wraps an lpmm_optax optimizer; for others there is optax.apply_if_finite')
 
   def guard(gradients, params, state, advance, rejected):
@@ -177,4 +177,4 @@ def apply_if_finite(
     return guard(gradients, params, state, advance, lambda params: params)
 
   init = optax.apply_if_finite(inner, max_consecutive_errors).init
-  return _transform.InPlaceTransformation(init, update, in_place, inner.obstacles)
+  return _low_precision.InPlaceTransformation(init, update, in_place, inner.obstacles)

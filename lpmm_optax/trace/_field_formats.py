@@ -8,11 +8,11 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from lpmm_optax import _array
-from lpmm_optax import _format
-from lpmm_optax import _inner
-from lpmm_optax import _uses
-from lpmm_optax._format import Format
+from lpmm_optax.storage import _array
+from lpmm_optax.storage import _format
+from lpmm_optax.storage._format import Format
+from lpmm_optax.trace import _plan
+from lpmm_optax.trace import _uses
 
 Formats = Literal['default'] | Format | Mapping[str, Format | _array.Where | None] | None
 
@@ -50,14 +50,14 @@ def _same_for_all(format: Format, is_nonnegative: bool) -> Format:
 
 
 def choose(
-  formats: Formats, params: _inner.Params, leaves: list[Any], entries: Sequence[_inner.Entry], uses: _uses.Uses
+  formats: Formats, params: _plan.Params, leaves: list[Any], entries: Sequence[_plan.Entry], uses: _uses.Uses
 ) -> dict[int, Format | None]:
   """A Format or None for every entry of the inner state that belongs to a leaf.
 
   Raises:
     ValueError, TypeError: for a format that cannot hold its field, naming field and leaf.
   """
-  owned = _inner.owned(entries)
+  owned = _plan.owned(entries)
   if owned:
     check(formats, list(dict.fromkeys(entries[e].field for e in owned)))
   chosen = {}

@@ -18,7 +18,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from lpmm_optax import _format
+from lpmm_optax.storage import _format
 
 _LONGEST_CELL = 32
 _SHORTEST_PART = 8

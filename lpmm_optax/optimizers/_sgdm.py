@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax import _feedback
-from lpmm_optax import _field_formats
-from lpmm_optax import _hyperparams
-from lpmm_optax import _transform
+from lpmm_optax.optimizers import _feedback
+from lpmm_optax.optimizers import _hyperparams
+from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.trace import _field_formats
 
 
 class VelocityState(NamedTuple):
@@ -103,7 +103,7 @@ def _decayed(
 
 def _into_momentum(
   learning_rate: optax.ScalarOrSchedule, momentum: Any, weight_decay: Any, error_feedback: bool, transform: Callable
-) -> _transform.IntoMomentum:
+) -> _low_precision.IntoMomentum:
   """`sgdm` for `MultiSteps` with `INTO_MOMENTUM`, of what makes an inner transformation low-precision."""
   feedback = None
   if error_feedback:
@@ -111,7 +111,7 @@ def _into_momentum(
     feedback = _velocity_feedback(lambda: jnp.asarray(momentum, float) - 1)
   inner = _decayed(learning_rate, momentum, weight_decay, error_feedback)
   weight = lambda step: _hyperparams.current(learning_rate, step) if error_feedback else jnp.ones(())
-  return _transform.IntoMomentum(transform(inner, feedback=feedback), 'trace', weight)
+  return _low_precision.IntoMomentum(transform(inner, feedback=feedback), 'trace', weight)
 
 
 def sgdm(
@@ -124,7 +124,7 @@ def sgdm(
   error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
-) -> _transform.InPlaceTransformation:
+) -> _low_precision.InPlaceTransformation:
   r"""SGD with momentum, with parameters and momentum stored in low precision.
 
   Without error feedback this is `optax.sgd` with coupled weight decay, rounded once per step:
@@ -210,7 +210,7 @@ def sgdm(
       inner.append(optax.trace(momentum, nesterov))
     inner.append(optax.scale_by_learning_rate(learning_rate))
   feedback = _velocity_feedback(lambda: _correction(momentum)) if error_feedback else None
-  transform = functools.partial(_transform.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size)
+  transform = functools.partial(_low_precision.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size)
   into_momentum = None
   if has_trace and not nesterov:
     into_momentum = _into_momentum(learning_rate, momentum, weight_decay, error_feedback, transform)

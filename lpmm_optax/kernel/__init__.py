@@ -1,0 +1,1 @@
+"""One leaf's update, in place: tiles, the barrier around products, and gradients."""

@@ -1,0 +1,1 @@
+"""Optax transformations in low precision: any of them, SGD with momentum, Adam and Lion."""

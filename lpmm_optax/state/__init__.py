@@ -1,0 +1,1 @@
+"""What can be done with parameters and optimizer state: saved, converted, placed, reported on."""
