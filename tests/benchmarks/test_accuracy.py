@@ -12,7 +12,7 @@ import pytest
 
 import lpmm_optax as lpmm
 
-BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 METHODS = ('sgdm-fp32', 'sgdm-fp32-velocity', 'sgdm-8-nearest', 'sgdm-8')
 
 

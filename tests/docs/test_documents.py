@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_readme_example_runs(capsys):
@@ -25,7 +25,7 @@ def test_the_readme_example_runs(capsys):
   'document', ['README.md', *sorted(f'docs/{file.name}' for file in (ROOT / 'docs').glob('*.md'))]
 )
 def test_every_test_that_a_document_names_exists(document):
-  named = re.findall(r'`(tests/\w+\.py)(?:::(\w+))?`', (ROOT / document).read_text())
+  named = re.findall(r'`(tests/[\w/]+\.py)(?:::(\w+))?`', (ROOT / document).read_text())
   assert named
   for file, name in named:
     functions = {

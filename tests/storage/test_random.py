@@ -1,0 +1,62 @@
+"""Random bits: fair, uncorrelated, and the same whatever else there is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lpmm_optax.storage import _random
+
+
+def words(paths, count=0, key=0):
+  return _random.slot_words(_random.raw_key(jax.random.key(key)), [jnp.int32(count)], paths, 2)
+
+
+def draw(word, n=2**20, offset=0):
+  index = jax.lax.iota(jnp.uint32, n) + jnp.uint32(offset)
+  return np.asarray(_random.random_bits(word, (index, jnp.uint32(0))))
+
+
+def test_every_random_bit_is_fair():
+  bits = draw(words(['w'])[0, 0])
+  for i in range(32):
+    # 2^20 fair coins: sigma 2^-11; 32 of them within 5 sigma.
+    assert abs(np.mean((bits >> i) & 1) - 0.5) < 5 * 2.0**-11, i
+
+
+def test_random_bits_of_neighbours_steps_slots_and_leaves_are_uncorrelated():
+  n = 2**20
+  base = draw(words(['w'])[0, 0]) / 2.0**32 - 0.5
+  others = {
+    'neighbour': draw(words(['w'])[0, 0], offset=1),
+    'next row': draw(words(['w'])[0, 0], offset=4096),
+    'slot': draw(words(['w'])[0, 1]),
+    'step': draw(words(['w'], count=1)[0, 0]),
+    'leaf': draw(words(['v'])[0, 0]),
+    'key': draw(words(['w'], key=1)[0, 0]),
+  }
+  for name, bits in others.items():
+    correlation = np.mean(base * (bits / 2.0**32 - 0.5)) * 12
+    assert abs(correlation) < 5 / np.sqrt(n), name
+
+
+def test_words_do_not_depend_on_the_other_leaves():
+  np.testing.assert_array_equal(words(['a', 'b'])[1], words(['b'])[0])
+
+
+def test_any_kind_of_key_is_accepted_and_nothing_else():
+  typed, raw = _random.raw_key(jax.random.key(3)), _random.raw_key(jax.random.PRNGKey(3))
+  np.testing.assert_array_equal(typed, raw)
+  assert _random.raw_key(jax.random.key(3, impl='rbg')).shape == (2,)
+  with pytest.raises(TypeError, match='key'):
+    _random.raw_key('seed')
+
+
+def test_leaves_beyond_32_bit_indices_do_not_repeat():
+  shape = (8, 2**16, 2**14)  # 2^33 elements; rows 0 and 4 share their low words.
+  at = lambda i: [jnp.full((1,), i, jnp.uint32), jnp.zeros((1,), jnp.uint32), jnp.arange(64, dtype=jnp.uint32)]
+  low, high = zip(*(_random.element_index(shape, at(i)) for i in (0, 4)), strict=True)
+  np.testing.assert_array_equal(low[0], low[1])
+  word = words(['w'])[0, 0]
+  a, b = (_random.random_bits(word, (lo, jnp.broadcast_to(hi, lo.shape))) for lo, hi in zip(low, high, strict=True))
+  assert np.mean(np.asarray(a == b)) < 0.05
