@@ -4,6 +4,7 @@ What is accumulated is decoded where it is used, tile by tile, so that a sum nev
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,34 +13,44 @@ import optax
 
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _codec
+from lpmm_optax.storage import _mesh
 from lpmm_optax.trace import _plan
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=('accumulated', 'recent', 'weight'), meta_fields=('is_mean',)
+)
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-  """keep * accumulated + weight * recent, where an absent array counts as zero and an absent scalar as one.
+  """accumulated + weight * recent, or for a running mean accumulated + weight * (recent - accumulated).
+
+  An absent array counts as zero, an absent weight as one; where either array is absent, there is no mean to run.
 
   Attributes:
     accumulated: QuantizedArray or dense array, or None.
     recent: the last dense gradient, or None.
-    keep: float32[], or None.
     weight: float32[], or None.
+    is_mean: static.
   """
 
   accumulated: Any = None
   recent: jax.Array | None = None
-  keep: jax.Array | None = None
   weight: jax.Array | None = None
+  is_mean: bool = False
+
+  def change(self, accumulated: jax.Array | None, recent: jax.Array, dtype: Any) -> jax.Array:
+    """What the recent gradient, or a tile of it, adds to the accumulated one."""
+    change = recent.astype(dtype)
+    if self.is_mean and accumulated is not None:
+      change = change - accumulated.astype(dtype)
+    return change if self.weight is None else self.weight.astype(dtype) * change
 
   def combine(self, accumulated: jax.Array | None, recent: jax.Array | None, dtype: Any) -> jax.Array:
     """The sum, of dense values of both arrays or of tiles of them; a scalar zero if there are none."""
-    terms = [
-      x.astype(dtype) if scalar is None else scalar.astype(dtype) * x.astype(dtype)
-      for x, scalar in ((accumulated, self.keep), (recent, self.weight))
-      if x is not None
-    ]
-    return sum(terms[1:], terms[0]) if terms else jnp.zeros((), dtype)
+    if recent is None:
+      return jnp.zeros((), dtype) if accumulated is None else accumulated.astype(dtype)
+    change = self.change(accumulated, recent, dtype)
+    return change if accumulated is None else accumulated.astype(dtype) + change
 
   def stored(self) -> tuple[Any, Any]:
     """The arrays, for a tile loop to read."""
@@ -52,10 +63,17 @@ class Gradient:
       accumulated = _array.codec_of(self.accumulated, cells.shape, cells).decode(accumulated)
     return self.combine(accumulated, None if recent is None else cells.split(recent), dtype)
 
+  def template(self, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Of the dense gradient: `like`, and the manual axes along which it varies."""
+    arrays = [x for x in jax.tree.leaves(self.stored()) if x.shape == like.shape]
+    varying = max(arrays, key=lambda x: len(_mesh.varying_axes(x)), default=like)
+    return _mesh.template(varying, like.dtype)
+
   def dense(self, template: Any) -> jax.Array:
     """The whole gradient, of the shape and dtype of `template`."""
     accumulated = None if self.accumulated is None else _array.dequantize(self.accumulated)
-    return jnp.broadcast_to(self.combine(accumulated, self.recent, template.dtype), template.shape)
+    dtype = _codec.compute_dtype(template.dtype)
+    return jnp.broadcast_to(self.combine(accumulated, self.recent, dtype), template.shape).astype(template.dtype)
 
 
 def is_gradient(x: Any) -> bool:
@@ -64,12 +82,19 @@ def is_gradient(x: Any) -> bool:
 
 
 def dense(gradients: Any, params: Any) -> Any:
-  """The tree with every `Gradient` evaluated, for transformations that take arrays."""
+  """The tree with every `Gradient` evaluated, for transformations that take arrays.
+
+  Each is of the dtype of the last one that came, or of its parameter.
+  """
   if not any(map(is_gradient, jax.tree.leaves(gradients, is_leaf=is_gradient))):
     return gradients
-  structure, _ = _plan.flatten(params)
-  found = flatten(structure, gradients)
-  return structure.tree({i: gradient.dense(structure.templates[i]) for i, gradient in found.items()})
+  structure, leaves = _plan.flatten(params)
+
+  def one(i, gradient):
+    dtype = leaves[i].dtype if gradient.recent is None else gradient.recent.dtype
+    return gradient.dense(jax.ShapeDtypeStruct(leaves[i].shape, dtype))
+
+  return structure.tree({i: one(i, gradient) for i, gradient in flatten(structure, gradients).items()})
 
 
 def flatten(params: _plan.Params, gradients: Any) -> dict[int, Gradient]:

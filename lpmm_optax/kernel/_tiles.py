@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from lpmm_optax.storage import _mesh
+
 
 def check_size(tile_size: int | None) -> None:
   """Raises a ValueError unless it can be the number of elements of a tile, or None."""
@@ -145,8 +147,9 @@ def apart(zero: jax.Array, fn: Callable, *args: Any) -> Any:
   def branch(*args):
     shapes = jax.eval_shape(fn, *args)
     # Zeros made from runtime data would be fused too; plain ones cost nothing, for they are never computed.
-    skipped = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return lax.cond(zero == 0, fn, skipped, *args)
+    axes = _mesh.varying_axes(args)
+    skipped = lambda *_: _mesh.vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), axes)
+    return lax.cond(zero == 0, lambda *args: _mesh.vary(fn(*args), axes), skipped, *args)
 
   return lax.platform_dependent(*args, cpu=branch, default=fn)
 
@@ -156,7 +159,7 @@ class Stages(NamedTuple):
 
   Attributes:
     first: `(coordinates, reads, writes) -> carried`.
-    second: `(coordinates, carried) -> result`.
+    second: `(coordinates, carried, writes) -> result`.
     last: `(carried, result, reads) -> new writes`, cheap, for it is fused into each write; its tiles may have any shape
       that lists the elements in order.
   """
@@ -187,6 +190,7 @@ def update_in_place(
   Returns:
     The new `writes`.
   """
+  writes = _mesh.vary(writes, _mesh.varying_axes(reads, writes))
   for tiling in tilings:
     writes = _update_lot(stages(tiling.tile_shape), tiling, zero, reads, writes, fused)
   return writes
@@ -209,12 +213,12 @@ def _update_lot(stages: Stages, tiling: Tiling, zero: jax.Array, reads: Any, wri
   def one(step, reads, writes):
     return first(tiling.coordinates(step), take(reads, step), take(writes, step))
 
-  def two(step, carried):
-    return second(tiling.coordinates(step), carried)
+  def two(step, carried, writes):
+    return second(tiling.coordinates(step), carried, take(writes, step))
 
   def body(step, writes):
     carried = run(one, step, reads, writes)
-    result = run(two, step, carried)
+    result = run(two, step, carried, writes)
     tiles = last(carried, result, take(reads, step))
     return jax.tree.map(lambda x, tile: tiling.put(x, tile, step), writes, tiles)
 

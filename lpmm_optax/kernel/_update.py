@@ -1,6 +1,7 @@
-"""The update of one leaf, tile by tile and in place, and reductions of its gradient."""
+"""The update of one leaf, tile by tile and in place; accumulation, which is one too; and reductions of a gradient."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -9,15 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lpmm_optax.kernel import _barrier
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
-from lpmm_optax.optimizers import _feedback
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _codec
+from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _random
 from lpmm_optax.trace import _program
 
 _LARGEST_SQUARED = 2.0**63
+# Of a parameter: under 4 to 8 units in the last place, a difference of two is what was rounded on the way.
+_DIFFERENCE_NOISE = 2.0**-21
+
+# (fields, error, grid_step, hyperparams) -> fields on dense tiles, for `LeafUpdate.correct`: a function of a module,
+# for it is compared and hashed.
+Correction = Callable[[dict[str, jax.Array], jax.Array, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +32,26 @@ class LeafUpdate:
   """What is static about a leaf's update; equal ones share one compiled program.
 
   Attributes:
-    program: (gradient, parameter, *fields, *reads, *scalars) -> (delta, *fields).
+    program: (gradient, target, *fields, *reads, *scalars) -> (delta of the target, *fields); None adds the recent
+      gradient to the target, which is the accumulated one.
     fields: names of the state fields, each once.
-    feedback: for the rounding error of the parameter.
-    in_place: whether to return the new parameter or the delta that leads there.
+    correct: puts the target's rounding error, (target + delta) - (what is stored), into fields, given the distance of
+      neighbouring grid points, which broadcasts against the tile; None drops it.
+    in_place: whether to return the new target or the delta that leads there.
+    is_difference: whether the delta is computed as a difference from the target.
+    shape: of the array that elements are numbered in, of which the target may be a slice along leading axes.
     tile_size: in elements.
+    shard_axes: manual axes over which the leaf is sharded, besides those along which its arrays are known to vary.
   """
 
-  program: _program.Program
-  fields: tuple[str, ...]
-  feedback: _feedback.Feedback | None
-  in_place: bool
+  program: _program.Program | None
+  shape: tuple[int, ...]
   tile_size: int
+  shard_axes: frozenset[str]
+  fields: tuple[str, ...] = ()
+  correct: Correction | None = None
+  in_place: bool = True
+  is_difference: bool = False
 
 
 # Traced and, outside jit, compiled once for all leaves of one kind.
@@ -44,113 +59,165 @@ class LeafUpdate:
 def update_leaf(
   static: LeafUpdate,
   gradient: _gradient.Gradient,
-  param: Any,
-  fields: list[Any],
-  reads: list[jax.Array],
-  scalars: list[jax.Array],
-  hyperparams: dict[str, jax.Array],
+  target: Any,
   words: jax.Array,
   zero: jax.Array,
+  fields: Sequence[Any] = (),
+  reads: Sequence[jax.Array] = (),
+  scalars: Sequence[jax.Array] = (),
+  hyperparams: dict[str, jax.Array] | None = None,
+  start: Sequence[jax.Array] = (),
 ) -> tuple[Any, list[Any]]:
   """One leaf's update.
 
   Args:
     static: see `LeafUpdate`.
-    gradient: in the parameter's shape.
-    param: QuantizedArray or dense array.
-    fields: QuantizedArrays or dense arrays in the parameter's shape, in the order of `static.fields`.
+    gradient: in the target's shape.
+    target: what moves, a parameter or an accumulator: QuantizedArray or dense array.
+    words: uint32[1 + len(fields) or more, 2], the random words of the target and of each field.
+    zero: uint32[], zero at run time.
+    fields: QuantizedArrays or dense arrays in the target's shape, in the order of `static.fields`.
     reads: dense arrays of that shape.
     scalars: of the program.
-    hyperparams: scalars of the feedback.
-    words: uint32[1 + len(fields) or more, 2], the random words of the parameter and of each field.
-    zero: uint32[], zero at run time.
+    hyperparams: scalars of the correction.
+    start: int32[] per leading axis of `static.shape` that the target lacks, its index there.
 
   Returns:
-    (new parameter or delta, new fields).
+    (new target or delta, new fields).
   """
-  slots = [param, *fields]
+  slots = [target, *fields]
   blocks = [block for leaf in (*slots, gradient.accumulated) for block in _array.blocks_of(leaf)]
   is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
-  tilings = _tiles.choose_tilings(param.shape, blocks, param.size if is_dense else static.tile_size)
-  dtype = _codec.compute_dtype(param.dtype)
-  hyperparams = {name: jnp.asarray(value).astype(dtype) for name, value in hyperparams.items()}
+  tilings = _tiles.choose_tilings(target.shape, blocks, target.size if is_dense else static.tile_size)
+  dtype = _codec.compute_dtype(target.dtype)
+  hyperparams = {name: jnp.asarray(value).astype(dtype) for name, value in (hyperparams or {}).items()}
   # Finite gradients keep the state finite, which the square of a larger one would not be.
   squared = any(_array.is_quantized(field) and field.format.grid == 'sqrt' for field in fields)
+  arrays = [_array.stored(leaf) for leaf in slots]
+  words = _random.of_shard(words, static.shard_axes | _mesh.varying_axes(arrays, gradient.stored()))
 
   def stages(tile_shape):
     cells = _codec.make_cells(tile_shape, blocks)
-    param_codec, *codecs = (_array.codec_of(leaf, tile_shape, cells) for leaf in slots)
+    target_codec, *codecs = (_array.codec_of(leaf, tile_shape, cells) for leaf in slots)
 
     def bits(slot, coordinates):
-      return _array.random_bits(slots[slot], words[slot], cells, param.shape, coordinates)
+      return _array.random_bits(slots[slot], words[slot], cells, static.shape, coordinates, start)
 
-    def first(coordinates, reads, writes):
-      old = (reads | writes)['param']
-      value = param_codec.decode(old)
+    def compute(reads, value, old_fields):
+      """The wanted delta, and the wanted fields."""
+      if static.program is None:
+        return gradient.change(value, cells.split(reads['gradient'][1]), dtype), []
       g = gradient.tile(reads['gradient'], cells, dtype)
       if squared:
         g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
-      delta, *new = (
-        jnp.broadcast_to(x.astype(dtype), value.shape)
-        for x in static.program(
-          g,
-          value,
-          *(c.decode(tile).astype(x.dtype) for c, tile, x in zip(codecs, writes['fields'], fields, strict=True)),
-          *(cells.split(x) for x in reads['reads']),
-          *scalars,
-        )
-      )
-      payload = param_codec.encode(value + delta, bits(0, coordinates), _codec.Change(old, delta))
-      return payload, new
+      decoded = (c.decode(old).astype(x.dtype) for c, old, x in zip(codecs, old_fields, fields, strict=True))
+      results = static.program(g, value, *decoded, *(cells.split(x) for x in reads['reads']), *scalars)
+      delta, *new = (jnp.broadcast_to(x.astype(dtype), value.shape) for x in results)
+      if static.is_difference:
+        delta = jnp.where(jnp.abs(delta) > jnp.abs(value) * _DIFFERENCE_NOISE, delta, jnp.zeros((), dtype))
+      return delta, new
 
-    def second(coordinates, carried):
+    def first(coordinates, reads, writes):
+      old = (reads | writes)['target']
+      value = target_codec.decode(old)
+      delta, new = compute(reads, value, writes['fields'])
+      return target_codec.advance(old, value + delta, bits(0, coordinates), delta), new
+
+    def second(coordinates, carried, writes):
       payload, values = carried
-      if static.feedback is not None and not isinstance(param_codec, _codec.DenseCodec):
-        new, error = param_codec.finish(payload)
+      if static.correct is not None and not isinstance(target_codec, _codec.DenseCodec):
+        new, error = target_codec.finish(payload)
         named = dict(zip(static.fields, values, strict=True))
-        named = static.feedback.apply(named, error, param_codec.step(new), hyperparams)
+        named = static.correct(named, error, target_codec.step(new), hyperparams)
         values = [named[name] for name in static.fields]
       return [
-        codec.finish(codec.encode(value, bits(1 + k, coordinates)))[0]
-        for k, (codec, value) in enumerate(zip(codecs, values, strict=True))
+        codec.finish(codec.advance(old, value, bits(1 + k, coordinates)))[0]
+        for k, (codec, old, value) in enumerate(zip(codecs, writes['fields'], values, strict=True))
       ]
 
     def last(carried, result, reads):
       payload, _ = carried
-      new, _ = param_codec.finish(payload)
+      new, _ = target_codec.finish(payload)
       if static.in_place:
-        return {'param': new, 'fields': result}
-      if _array.is_quantized(param):
-        old = reads['param']._replace(codes=cells.split(reads['param'].codes))
+        return {'target': new, 'fields': result}
+      if _array.is_quantized(target):
+        old = reads['target']._replace(codes=cells.split(reads['target'].codes))
         return {'delta': _codec.subtract(new, old), 'fields': result}
       return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
-    return _tiles.Stages(*(_barrier.uncontracted(stage, zero) for stage in (first, second, last)))
+    return _tiles.Stages(*(_program.uncontracted(stage, zero) for stage in (first, second, last)))
 
-  only_read: dict[str, Any] = {'gradient': gradient.stored(), 'reads': reads}
-  writes: dict[str, Any] = {'fields': [_array.stored(leaf) for leaf in fields]}
+  only_read: dict[str, Any] = {'gradient': gradient.stored(), 'reads': list(reads)}
+  writes: dict[str, Any] = {'fields': arrays[1:]}
   if static.in_place:
-    writes['param'] = _array.stored(param)
+    writes['target'] = arrays[0]
   else:
-    only_read['param'] = _array.stored(param)
-    writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['param'])
+    only_read['target'] = arrays[0]
+    writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['target'])
   # XLA by itself updates arrays in place that are read and written in one dtype.
   writes = _tiles.update_in_place(stages, tilings, zero, only_read, writes, fused=is_dense)
-  new = _array.with_stored(param, writes['param' if static.in_place else 'delta'])
+  new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
 
-REDUCERS: dict[str, tuple[Callable, Callable, float]] = {
-  'reduce_max': (jnp.max, jnp.maximum, -np.inf),
-  'reduce_sum': (jnp.sum, jnp.add, 0.0),
+@dataclasses.dataclass(frozen=True)
+class Accumulation:
+  """What is static about an accumulation: `shape`, `tile_size` and `shard_axes` of `LeafUpdate`."""
+
+  shape: tuple[int, ...]
+  tile_size: int
+  shard_axes: frozenset[str]
+
+
+def accumulate_leaf(
+  static: Accumulation,
+  gradient: _gradient.Gradient,
+  word: jax.Array,
+  zero: jax.Array,
+  start: Sequence[jax.Array] = (),
+) -> Any:
+  """The new `gradient.accumulated`, after `gradient.recent`: an update of it that has no program and no fields.
+
+  Args:
+    static: see `Accumulation`.
+    gradient: with both arrays.
+    word: uint32[2], the random word of the leaf.
+    zero: uint32[], zero at run time.
+    start: as for `update_leaf`.
+  """
+  recent = dataclasses.replace(gradient, accumulated=None)
+  update = LeafUpdate(None, static.shape, static.tile_size, static.shard_axes)
+  return update_leaf(update, recent, gradient.accumulated, word[None], zero, start=start)[0]
+
+
+def _least(dtype: Any) -> Any:
+  return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
+
+
+def _greatest(dtype: Any) -> Any:
+  return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+
+
+# By name of the operation: the reduction of a tile, of two tiles' results, and the result of none, by dtype.
+REDUCERS: dict[str, tuple[Callable, Callable, Callable]] = {
+  'reduce_and': (jnp.all, jnp.logical_and, lambda dtype: True),
+  'reduce_max': (jnp.max, jnp.maximum, _least),
+  'reduce_min': (jnp.min, jnp.minimum, _greatest),
+  'reduce_or': (jnp.any, jnp.logical_or, lambda dtype: False),
+  'reduce_sum': (lambda x: jnp.sum(x, dtype=x.dtype), jnp.add, lambda dtype: 0),
 }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def reduce_leaf(
-  name: str, program: _program.Program, tile_size: int, gradient: _gradient.Gradient, scalars: list[jax.Array]
+  name: str,
+  dtype: Any,
+  program: _program.Program,
+  tile_size: int,
+  gradient: _gradient.Gradient,
+  scalars: list[jax.Array],
 ) -> jax.Array:
-  """A reduction of all of `program(gradient, *scalars)` to a scalar, tile by tile: the square of its norm, say."""
+  """A reduction of all of `program(gradient, *scalars)` to a scalar of `dtype`, tile by tile."""
   template: Any = gradient.accumulated
   blocks = _array.blocks_of(template)
   reduce, combine, start = REDUCERS[name]
@@ -158,7 +225,8 @@ def reduce_leaf(
   def body(tiling, step, total):
     cells = _codec.make_cells(tiling.tile_shape, blocks)
     reads = jax.tree.map(lambda x: tiling.take(x, step), gradient.stored())
-    (value,) = program(gradient.tile(reads, cells, jnp.float32), *scalars)
-    return combine(total, reduce(value))
+    g = gradient.tile(reads, cells, jnp.float32)
+    (value,) = program(g, *scalars)
+    return combine(total, reduce(jnp.broadcast_to(value, g.shape)))
 
-  return _tiles.fold(body, _tiles.choose_tilings(template.shape, blocks, tile_size), jnp.float32(start))
+  return _tiles.fold(body, _tiles.choose_tilings(template.shape, blocks, tile_size), jnp.asarray(start(dtype), dtype))

@@ -1,5 +1,7 @@
 """Adam and AdamW."""
 
+from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +20,19 @@ _HORIZON = 128
 _LARGEST_CHANGE = 4.0
 
 
+def _correct_first_moment(
+  fields: dict[str, jax.Array], error: jax.Array, grid_step: jax.Array, hyper: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  mu, nu = fields['mu'], fields['nu']
+  scale = jnp.sqrt(nu * hyper['debias'] + hyper['eps_root']) + hyper['eps']
+  # Of all errors the same part is fed back: cut to size one by one, they would not be zero in the mean any more.
+  least = jnp.maximum(grid_step / _LARGEST_CHANGE, jnp.finfo(grid_step.dtype).tiny)
+  divisor = jnp.where(hyper['reach'] < 0, -1.0, 1.0) * jnp.maximum(jnp.abs(hyper['reach']), least)
+  mu = mu - scale * error / divisor
+  # Where the second moment is zero, the least code of a first moment would be a step without bound.
+  return fields | {'mu': jnp.where(nu > 0, mu, 0.0)}
+
+
 def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
   r"""Puts a parameter's rounding error into the first moment.
 
@@ -28,18 +43,22 @@ def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
 
   def reach(step, b1):
     """The sum, of the step with this count; beyond the horizon the rate is taken to stay as it is there."""
+    rate = functools.partial(_hyperparams.current, hyper['learning_rate'])
     ahead = jnp.arange(1, _HORIZON + 1, dtype=step.dtype)
     last = jnp.iinfo(step.dtype).max  # The counter may be at its end.
     counts = jnp.where(step > last - ahead, last, step + ahead)
     try:
-      rates = jax.vmap(lambda count: _hyperparams.current(hyper['learning_rate'], count))(counts)
+      rates = jax.vmap(rate)(counts)
     except Exception as error:
       error.add_note('error feedback looks the schedule up ahead, under jax.vmap; error_feedback=False does without')
       raise
+    # A schedule need not be defined past its end.
+    rates = jnp.where(jnp.isfinite(rates), rates, rate(step))
     terms = rates * b1 ** ahead.astype(b1.dtype) / (1 - b1 ** (counts.astype(b1.dtype) + 1))
     return jnp.sum(terms) + terms[-1] * b1 / (1 - b1)
 
-  def hyperparams(step):
+  def hyperparams(step, inner_state):
+    del inner_state
     b1, b2 = jnp.asarray(hyper['b1'], float), jnp.asarray(hyper['b2'], float)
     return {
       'reach': reach(step, b1),
@@ -48,17 +67,7 @@ def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
       'eps_root': jnp.asarray(hyper['eps_root'], float),
     }
 
-  def apply(fields, error, grid_step, scalars):
-    mu, nu = fields['mu'], fields['nu']
-    scale = jnp.sqrt(nu * scalars['debias'] + scalars['eps_root']) + scalars['eps']
-    # Of all errors the same part is fed back: cut to size one by one, they would not be zero in the mean any more.
-    least = jnp.maximum(grid_step / _LARGEST_CHANGE, jnp.finfo(grid_step.dtype).tiny)
-    divisor = jnp.where(scalars['reach'] < 0, -1.0, 1.0) * jnp.maximum(jnp.abs(scalars['reach']), least)
-    mu = mu - scale * error / divisor
-    # Where the second moment is zero, the least code of a first moment would be a step without bound.
-    return fields | {'mu': jnp.where(nu > 0, mu, 0.0)}
-
-  return _feedback.Feedback(frozenset({'mu', 'nu'}), hyperparams, apply)
+  return _feedback.Feedback(frozenset({'mu', 'nu'}), _correct_first_moment, hyperparams)
 
 
 def _choose_feedback(
@@ -88,6 +97,7 @@ def adam(
   error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
+  shard_axes: Sequence[str] = (),
 ) -> _low_precision.InPlaceTransformation:
   r"""Adam, with parameters and both moments stored in low precision.
 
@@ -124,6 +134,7 @@ def adam(
       Nesterov, and not dense by `formats`), True to insist, False for stochastic rounding alone.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
+    shard_axes: as for `low_precision`.
 
   Returns:
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
@@ -151,7 +162,9 @@ def adam(
   hyper = _checked(learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
   feedback = _choose_feedback(hyper, nesterov, formats, error_feedback)
   inner = optax.adam(**hyper, mu_dtype=mu_dtype, nesterov=nesterov)
-  return _low_precision.transform(inner, 'adam', formats, key, tile_size, feedback)
+  return _low_precision.transform(
+    inner, 'adam', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes, feedback=feedback
+  )
 
 
 def adamw(
@@ -169,6 +182,7 @@ def adamw(
   error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
+  shard_axes: Sequence[str] = (),
 ) -> _low_precision.InPlaceTransformation:
   """Adam with decoupled weight decay, with parameters and both moments stored in low precision.
 
@@ -189,6 +203,7 @@ def adamw(
     error_feedback: as for `adam`.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
+    shard_axes: as for `low_precision`.
 
   Returns:
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
@@ -213,4 +228,6 @@ def adamw(
   feedback = _choose_feedback(hyper, nesterov, formats, error_feedback)
   decay = _hyperparams.checked('weight_decay', weight_decay)
   inner = optax.adamw(**hyper, mu_dtype=mu_dtype, weight_decay=decay, mask=mask, nesterov=nesterov)
-  return _low_precision.transform(inner, 'adamw', formats, key, tile_size, feedback)
+  return _low_precision.transform(
+    inner, 'adamw', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes, feedback=feedback
+  )

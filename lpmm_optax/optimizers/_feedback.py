@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _hyperparams
 from lpmm_optax.storage import _format
 from lpmm_optax.storage._format import Format
@@ -19,14 +20,13 @@ class Feedback:
 
   Attributes:
     fields: the state fields it needs; a leaf that lacks one gets none.
-    hyperparams: `step -> {name: scalar}`, computed once per step.
-    apply: `(fields, error, grid_step, hyperparams) -> fields` on dense tiles, with error = (parameter + delta) - (what
-      is stored), and the distance of neighbouring grid points, which broadcasts against the tile.
+    correct: puts an error into them.
+    hyperparams: `(step, inner_state) -> {name: scalar}` of what correct takes, computed once per step.
   """
 
   fields: frozenset[str]
-  hyperparams: Callable[[jax.Array], dict[str, jax.Array]]
-  apply: Callable[[dict[str, jax.Array], jax.Array, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]
+  correct: _update.Correction
+  hyperparams: Callable[[jax.Array, Any], dict[str, jax.Array]]
 
 
 def _may_be(formats: _field_formats.Formats, field: str) -> list[Format | None]:

@@ -1,5 +1,6 @@
 """Lion."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ def lion(
   formats: _field_formats.Formats = 'default',
   key: jax.Array | None = None,
   tile_size: int | None = None,
+  shard_axes: Sequence[str] = (),
 ) -> _low_precision.InPlaceTransformation:
   """Lion, with parameters and momentum stored in low precision.
 
@@ -38,6 +40,7 @@ def lion(
     formats: how state is stored, see `low_precision`.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
+    shard_axes: as for `low_precision`.
 
   Returns:
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
@@ -60,4 +63,4 @@ def lion(
   rate = _hyperparams.checked('learning_rate', learning_rate)
   decay = _hyperparams.checked('weight_decay', weight_decay)
   inner = optax.lion(rate, **hyper, mu_dtype=mu_dtype, weight_decay=decay, mask=mask)
-  return _low_precision.transform(inner, 'lion', formats, key, tile_size)
+  return _low_precision.transform(inner, 'lion', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes)

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax.kernel import _barrier
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
 from lpmm_optax.kernel import _update
@@ -52,24 +51,18 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     init: `params -> state`.
     update: `(gradients, state, params, **extra) -> (deltas, state)`, for `optax.apply_updates`.
     step: `(gradients, params, state, **extra) -> (params, state)`, without a tree of deltas.
-    obstacles: `(params, **extra) -> {path: operation}`, the leaves that are processed whole rather than in tiles, with
-      the operation that is not elementwise.
-    preceded_by: `transformations -> InPlaceTransformation`, the same optimizer of gradients that these have transformed
-      first, all as one; None for a wrapper, which must see the gradients themselves.
-    into_momentum: how microbatches can be added to the optimizer's own momentum; None where they cannot.
   """
 
   step: Callable[..., tuple[Any, Any]]
-  obstacles: Callable[..., dict[str, str]]
-  preceded_by: Callable[[Sequence[optax.GradientTransformation]], 'InPlaceTransformation'] | None
-  into_momentum: 'IntoMomentum | None'
+  # What there is behind it: the optimizer, if it is one and no wrapper, and what of it is not elementwise.
+  _optimizer: 'LowPrecision | None'
+  _obstacles: Callable[..., dict[str, str]]
 
-  def __new__(cls, init, update, step, obstacles, *, preceded_by=None, into_momentum=None):
+  def __new__(cls, init, update, step, *, optimizer=None, obstacles=lambda params, **extra_args: {}):
     self = super().__new__(cls, init, update)
     self.step = step
-    self.obstacles = obstacles
-    self.preceded_by = preceded_by
-    self.into_momentum = into_momentum
+    self._optimizer = optimizer
+    self._obstacles = obstacles
     return self
 
   def __copy__(self):
@@ -79,6 +72,20 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
   def __deepcopy__(self, memo):
     """The same, where a train state is copied."""
     return self
+
+
+def optimizer_of(tx: Any) -> 'LowPrecision | None':
+  """The optimizer of this package that a transformation is; None if it is a wrapper, or another's."""
+  return tx._optimizer if isinstance(tx, InPlaceTransformation) else None
+
+
+def obstacles_of(tx: Any) -> Callable[..., dict[str, str]]:
+  """`(params, **extra) -> {path: operation}`.
+
+  These are the leaves that a transformation of this package processes whole rather than in tiles, with the operation
+  that is not elementwise.
+  """
+  return tx._obstacles if isinstance(tx, InPlaceTransformation) else lambda params, **extra_args: {}
 
 
 class IntoMomentum(NamedTuple):
@@ -95,22 +102,6 @@ class IntoMomentum(NamedTuple):
   weight: Callable[[jax.Array], jax.Array]
 
 
-def _find_uses(
-  inner: optax.GradientTransformationExtraArgs,
-  params: _plan.Params,
-  entries: Sequence[_plan.Entry],
-  arrays: Sequence[Any],
-  treedef: Any,
-  init: _program.Graph,
-) -> _uses.Uses:
-  """What the inner transformation does with its state, as far as it can be known before the first update."""
-  try:
-    plan = _plan.plan_update(inner, params, entries, arrays, treedef, {})
-  except Exception:  # It needs extra arguments, a loss value say; a mistake comes up again at the first update.
-    return _uses.Uses(entries, set(), {entry.field for entry in entries})
-  return _uses.find(init, plan)
-
-
 def _init_inner(
   formats: _field_formats.Formats,
   inner: optax.GradientTransformationExtraArgs,
@@ -120,13 +111,19 @@ def _init_inner(
   """The inner transformation's first state, each array in its format."""
   graph, shapes = _plan.trace_init(inner, params)
   entries, arrays, treedef = _plan.entries_of(params, shapes)
-  uses = _find_uses(inner, params, entries, arrays, treedef, graph)
+  uses = _uses.Uses(entries)
+  if formats is not None and _plan.owned(entries):
+    plan = _plan.plan_first_update(inner, params, entries, arrays, treedef)
+    uses = _uses.find(graph, plan)
   chosen = _field_formats.choose(formats, params, leaves, entries, uses)
   owned = _plan.owned(entries)
 
   def from_params(e, leaves):
     """An entry that is no constant: a copy of the parameters, or a random key."""
     of_input = dict(zip(graph.inputs, params.active, strict=True))
+    leaf = leaves[owned[e]] if e in uses.copies else None
+    if leaf is not None and _array.is_quantized(leaf) and leaf.format == chosen[e]:
+      return jax.tree.map(jnp.copy, dataclasses.replace(leaf, dtype=arrays[e].dtype))
 
     def argument(value):
       if value in graph.known:
@@ -159,6 +156,7 @@ def low_precision(
   formats: _field_formats.Formats = 'default',
   key: jax.Array | None = None,
   tile_size: int | None = None,
+  shard_axes: Sequence[str] = (),
 ) -> InPlaceTransformation:
   """Keeps the parameters, and the state of any Optax transformation, in low precision.
 
@@ -183,6 +181,8 @@ def low_precision(
       others keep their defaults.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
+    shard_axes: manual mesh axes over which parameters are sharded, so that every shard rounds with bits of its own, in
+      a `jax.shard_map` with check_vma=False or a `jax.pmap`; with check_vma, and elsewhere, it is known.
 
   Returns:
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`. It must come last in a
@@ -210,7 +210,7 @@ def low_precision(
   0.94
   0.88
   """
-  return transform(inner, 'low_precision', formats, key, tile_size)
+  return transform(inner, 'low_precision', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes)
 
 
 def _evaluate_outer(
@@ -226,33 +226,50 @@ def _evaluate_outer(
   reductions = {
     value: reduction
     for value, reduction in plan.reductions.items()
-    if reduction.name in _update.REDUCERS and _array.is_quantized(gradients[reduction.leaf].accumulated)
+    if _array.is_quantized(gradients[reduction.leaf].accumulated)
   }
 
   def evaluate(zero, sources):
+    def exact(fn, x):
+      return _program.uncontracted(fn, zero)(x)
+
     def argument(value):
+      aval = plan.graph.avals[value]
       if value in reductions:
         reduction = reductions[value]
-        scalars = plan.graph.evaluate(reduction.scalars, argument)
+        scalars = plan.graph.evaluate(reduction.scalars, argument, zero=zero)
         values = [scalars[v] for v in reduction.scalars]
-        return _update.reduce_leaf(
-          reduction.name, reduction.program, tile_size, sources['gradient'][reduction.leaf], values
-        )
+        gradient = sources['gradient'][reduction.leaf]
+        return _update.reduce_leaf(reduction.name, aval.dtype, reduction.program, tile_size, gradient, values)
       if value in plan.graph.known:
         return sources['closure'][value]
       what, index = plan.inputs[value]
-      x, aval = sources[what][index], plan.graph.avals[value]
+      x = sources[what][index]
       if what == 'gradient':
-        return x.dense(aval)
+        return exact(lambda x: x.dense(aval), x)
       is_shared = what == 'state' and plan.entries[index].leaf is None
-      return x if is_shared else _array.dequantize(x, aval.dtype)
+      return x if is_shared else exact(lambda x: _array.dequantize(x, aval.dtype), x)
 
-    return _barrier.uncontracted(lambda: plan.graph.evaluate(plan.outer, argument, reductions), zero)()
+    return plan.graph.evaluate(plan.outer, argument, given=reductions, zero=zero, with_effects=True)
 
   templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
   closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
   sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
   return _mesh.follow_each(evaluate, templates, zero, sources)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _without_derivative(path: str, x: jax.Array) -> jax.Array:
+  """x, of which a quantized leaf is made."""
+  return x
+
+
+@_without_derivative.defjvp
+def _no_derivative(path, primals, tangents):
+  raise TypeError(
+    f'{path}: a step has no derivative where parameters or their state are rounded; differentiate one with dense '
+    'parameters and formats=None'
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -265,7 +282,9 @@ class LowPrecision:
     formats: of the inner state.
     raw_key: for rounding.
     tile_size: in elements, or None.
+    shard_axes: manual axes over which parameters are sharded, besides those that are known.
     feedback: of rounding errors, or None.
+    into_momentum: how microbatches can be added to the optimizer's own momentum; None where they cannot.
     preceding: what transforms the gradients first, or None; the state is a tuple if it is not None.
   """
 
@@ -274,8 +293,10 @@ class LowPrecision:
   formats: _field_formats.Formats
   raw_key: jax.Array
   tile_size: int | None
+  shard_axes: frozenset[str]
   feedback: _feedback.Feedback | None
-  preceding: tuple[optax.GradientTransformation, ...] | None
+  into_momentum: IntoMomentum | None
+  preceding: tuple[optax.GradientTransformation, ...] | None = None
 
   @functools.cached_property
   def composite(self) -> optax.GradientTransformationExtraArgs:
@@ -283,6 +304,17 @@ class LowPrecision:
     if self.preceding is None:
       return self.inner
     return optax.with_extra_args_support(optax.chain(*self.preceding, self.inner))
+
+  @property
+  def transformation(self) -> InPlaceTransformation:
+    """As it is used."""
+    return InPlaceTransformation(self.init, self.update, self.step, optimizer=self, obstacles=self.obstacles)
+
+  def preceded_by(self, transformations: Sequence[optax.GradientTransformation]) -> InPlaceTransformation:
+    """The same of gradients that others have transformed first, all as one."""
+    # What is accumulated into the momentum are the gradients as they come, so there it stays alone.
+    preceding = (*transformations, *(self.preceding or ()))
+    return dataclasses.replace(self, preceding=preceding, into_momentum=None).transformation
 
   def init(self, params: Any) -> Any:
     """The state before the first step."""
@@ -305,22 +337,11 @@ class LowPrecision:
     return self._advance(gradients, params, state, True, extra_args)
 
   def obstacles(self, params: Any, **extra_args: Any) -> dict[str, str]:
-    """As in `InPlaceTransformation`."""
+    """As in `obstacles_of`."""
     structure, _ = _plan.flatten(_array.unwrap(params))
     _, shapes = _plan.trace_init(self.composite, structure)
     plan = _plan.plan_update(self.composite, structure, *_plan.entries_of(structure, shapes), extra_args)
     return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
-
-  def preceded_by(self, transformations: Sequence[optax.GradientTransformation]) -> InPlaceTransformation:
-    """The same of gradients that others have transformed first."""
-    # What is accumulated into the momentum are the gradients as they come, so there it stays alone.
-    return dataclasses.replace(self, preceding=(*transformations, *(self.preceding or ()))).transformation(None)
-
-  def transformation(self, into_momentum: IntoMomentum | None) -> InPlaceTransformation:
-    """As it is used."""
-    return InPlaceTransformation(
-      self.init, self.update, self.step, self.obstacles, preceded_by=self.preceded_by, into_momentum=into_momentum
-    )
 
   def _split(self, state: Any) -> tuple[tuple[Any, ...], LowPrecisionState]:
     """The states of the preceding transformations, and our own."""
@@ -348,14 +369,15 @@ class LowPrecision:
     combined = own.inner_state if self.preceding is None else (*before, own.inner_state)
     entries, arrays, treedef = _plan.entries_of(structure, combined)
     _plan.check_state(self.name, self.composite, structure, entries, arrays)
-    plan = _plan.plan_update(self.composite, structure, entries, arrays, treedef, extra_args)
-    zero = _barrier.runtime_zero(own.step)
+    templates = {i: gradient.template(structure.templates[i]) for i, gradient in gradients.items()}
+    plan = _plan.plan_update(self.composite, structure, entries, arrays, treedef, extra_args, templates)
+    zero = _program.runtime_zero(own.step)
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     tile_size = self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
     outer = _evaluate_outer(plan, tile_size, zero, gradients, arrays, leaves)
-    hyperparams = self.feedback.hyperparams(own.step) if self.feedback else {}
-    paths = [structure.paths[i] for i in structure.active]
-    words = dict(zip(structure.active, _random.slot_words(own.key, [own.step], paths, 1 + most), strict=True))
+    hyperparams = self.feedback.hyperparams(own.step, own.inner_state) if self.feedback else {}
+    keys = [structure.keys[i] for i in structure.active]
+    words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
     names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(entries)]
@@ -365,21 +387,35 @@ class LowPrecision:
     for e, value in plan.shared.items():
       new = jnp.broadcast_to(outer[value], arrays[e].shape)
       new_arrays[e] = new if new.dtype == arrays[e].dtype else new.astype(arrays[e].dtype)
-    for i, leaf in plan.leaves.items():
-      fields = tuple(names[e] for e in leaf.fields)
-      feedback = self.feedback if self.feedback and self.feedback.fields <= set(fields) else None
-      static = _update.LeafUpdate(leaf.program, fields, feedback, in_place, tile_size)
+    for (i, leaf), leaf_words in zip(plan.leaves.items(), words, strict=True):
+      names_of_fields = tuple(names[e] for e in leaf.fields)
+      feedback = self.feedback if self.feedback and self.feedback.fields <= set(names_of_fields) else None
+      fields = [arrays[e] for e in leaf.fields]
+      static = _update.LeafUpdate(
+        leaf.program,
+        leaves[i].shape,
+        tile_size,
+        self.shard_axes,
+        names_of_fields,
+        feedback.correct if feedback else None,
+        in_place,
+        leaf.is_difference,
+      )
+      values = gradients[i], [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
+      if any(_array.is_quantized(x) for x in (leaves[i], *fields)):
+        values = jax.tree.map(functools.partial(_without_derivative, structure.paths[i]), values)
+      gradient, reads, scalars = values
       new_leaves[i], new_fields = _mesh.follow(
         functools.partial(_update.update_leaf, static),
         _array.stored(leaves[i]).codes,
-        gradients[i],
+        gradient,
         leaves[i],
-        [arrays[e] for e in leaf.fields],
-        [outer[value] for value in leaf.reads],
-        [outer[value] for value in leaf.scalars],
-        hyperparams,
-        words[i],
+        leaf_words,
         zero,
+        fields,
+        reads,
+        scalars,
+        hyperparams if feedback else {},
       )
       for e, array in zip(leaf.fields, new_fields, strict=True):
         new_arrays[e] = array
@@ -392,28 +428,17 @@ class LowPrecision:
 def transform(
   inner: optax.GradientTransformation,
   name: str,
+  *,
   formats: _field_formats.Formats,
   key: jax.Array | None,
   tile_size: int | None,
+  shard_axes: Sequence[str],
   feedback: _feedback.Feedback | None = None,
   into_momentum: IntoMomentum | None = None,
 ) -> InPlaceTransformation:
-  """`low_precision` with more that its aliases need.
-
-  Args:
-    inner: the transformation.
-    name: for messages.
-    formats: of the inner state.
-    key: for rounding.
-    tile_size: in elements.
-    feedback: of rounding errors.
-    into_momentum: passed on.
-
-  Returns:
-    The transformation.
-  """
+  """`low_precision` with more that its aliases need: a name for messages, feedback, and `IntoMomentum`."""
   _field_formats.check(formats)
   _tiles.check_size(tile_size)
-  inner = optax.with_extra_args_support(inner)
-  low_precision = LowPrecision(inner, name, formats, _random.raw_key(key), tile_size, feedback, None)
-  return low_precision.transformation(into_momentum)
+  axes = frozenset([shard_axes] if isinstance(shard_axes, str) else shard_axes)
+  inner, raw_key = optax.with_extra_args_support(inner), _random.raw_key(key)
+  return LowPrecision(inner, name, formats, raw_key, tile_size, axes, feedback, into_momentum).transformation

@@ -1,6 +1,7 @@
 """Stochastic gradient descent with momentum."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -14,12 +15,22 @@ from lpmm_optax.optimizers import _hyperparams
 from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.trace import _field_formats
 
+# By how much a momentum may multiply, from one step to the next, what a velocity still has to move.
+_LARGEST_GROWTH = 1.25
+
 
 class VelocityState(NamedTuple):
-  """State of `_velocity`: steps taken, int32[], and the velocity, a tree like the parameters."""
+  """State of `_velocity`.
+
+  Attributes:
+    count: steps taken, int32[].
+    trace: the velocity, a tree like the parameters.
+    momentum: the decay in the last step, float32[].
+  """
 
   count: jax.Array  # type: ignore[assignment]  # As in Optax's states; tuples have a method of that name.
   trace: Any
+  momentum: jax.Array
 
 
 class DecayedMomentumState(NamedTuple):
@@ -30,17 +41,19 @@ class DecayedMomentumState(NamedTuple):
 
 
 class DecayedVelocityState(NamedTuple):
-  """The same of a velocity."""
+  """The same of a velocity, with the decay in the last step, as in `VelocityState`."""
 
   count: jax.Array  # type: ignore[assignment]
   trace: Any
+  momentum: jax.Array
 
 
 def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.GradientTransformation:
   """v <- b v + lr g, w <- w - v; a learning rate of zero leaves both as they are."""
+  decay_now = lambda: jnp.asarray(momentum, jnp.float32)
 
   def init(params):
-    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), decay_now())
 
   def update(updates, state, params=None):
     del params
@@ -49,26 +62,51 @@ def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.Gra
     decay, moves = jnp.where(frozen, 1.0, momentum), jnp.where(frozen, 0.0, 1.0)
     like = lambda scalar, x: scalar.astype(x.dtype)
     velocity = jax.tree.map(lambda g, v: like(decay, v) * v + like(rate, v) * g, updates, state.trace)
-    return jax.tree.map(lambda v: -like(moves, v) * v, velocity), VelocityState(
-      optax.safe_increment(state.count), velocity
-    )
+    delta = jax.tree.map(lambda v: -like(moves, v) * v, velocity)
+    return delta, VelocityState(optax.safe_increment(state.count), velocity, decay_now())
 
   return optax.GradientTransformation(init, update)
 
 
-def _correction(momentum: Any) -> jax.Array:
-  """1 - 1 / b; without momentum nothing brings an error back, so none is kept."""
-  decay = jnp.asarray(momentum, float)
-  return jnp.where(decay > 0, 1 - 1 / jnp.where(decay > 0, decay, 1.0), 0.0)
+def _add_error(
+  fields: dict[str, jax.Array], error: jax.Array, grid_step: jax.Array, hyper: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Adds an error to the velocity, times a correction.
+
+  What is there of earlier errors, a few grid steps at most, was put there to be brought back by the decay of then. If
+  the decay grows at once, they would be brought back many times over; so that much of the velocity shrinks with it.
+  """
+  velocity = fields['trace'] + hyper['correction'] * error
+  if 'shrink' in hyper:
+    bound = hyper['residue'] * grid_step
+    velocity = velocity - hyper['shrink'] * jnp.clip(velocity, -bound, bound)
+  return fields | {'trace': velocity}
 
 
-def _velocity_feedback(correction: Callable[[], jax.Array]) -> _feedback.Feedback:
-  """What adds an error to the velocity, times a correction."""
-  return _feedback.Feedback(
-    fields=frozenset({'trace'}),
-    hyperparams=lambda step: {'correction': correction()},
-    apply=lambda fields, error, grid_step, hyper: fields | {'trace': fields['trace'] + hyper['correction'] * error},
-  )
+def _velocity_feedback(momentum: Any, *, is_decayed: bool) -> _feedback.Feedback:
+  """What puts rounding errors into a velocity, or into one that is stored times its decay."""
+
+  def hyperparams(step, inner_state):
+    del step
+    decay = jnp.asarray(momentum, float)
+    safe = jnp.where(decay > 0, decay, 1.0)
+    # Without momentum nothing brings an error back, so none is kept; a decayed velocity has been through the decay.
+    out = {'correction': decay - 1 if is_decayed else jnp.where(decay > 0, 1 - 1 / safe, 0.0)}
+    if _hyperparams.is_known(momentum):
+      return out
+    (last,) = (state.momentum for state in _states(inner_state, VelocityState, DecayedVelocityState))
+    gain = lambda b: b / jnp.maximum(1 - b, 1e-6)
+    growth = gain(decay) / jnp.maximum(gain(last), 1e-6)
+    # A momentum that warms up from step to step stays as it is.
+    shrink = jnp.where(growth > _LARGEST_GROWTH, 1 - _LARGEST_GROWTH / growth, 0.0)
+    return out | {'shrink': shrink, 'residue': jnp.ones(()) if is_decayed else 1 / jnp.maximum(last, 0.1)}
+
+  return _feedback.Feedback(frozenset({'trace'}), _add_error, hyperparams)
+
+
+def _states(state: Any, *types: type) -> list[Any]:
+  found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, types))
+  return [x for x in found if isinstance(x, types)]
 
 
 def _decayed(
@@ -80,7 +118,10 @@ def _decayed(
   m = u + g, the parameters move by it, and :math:`\beta m` is stored. As a velocity, gradients count times the rate.
   """
 
-  new_state = DecayedVelocityState if is_velocity else DecayedMomentumState
+  def new_state(count, trace):
+    if is_velocity:
+      return DecayedVelocityState(count, trace, jnp.asarray(momentum, jnp.float32))
+    return DecayedMomentumState(count, trace)
 
   def init(params):
     return new_state(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
@@ -105,10 +146,7 @@ def _into_momentum(
   learning_rate: optax.ScalarOrSchedule, momentum: Any, weight_decay: Any, error_feedback: bool, transform: Callable
 ) -> _low_precision.IntoMomentum:
   """`sgdm` for `MultiSteps` with `INTO_MOMENTUM`, of what makes an inner transformation low-precision."""
-  feedback = None
-  if error_feedback:
-    # The correction of `sgdm`, times the decay that what is stored has been through; right without momentum, too.
-    feedback = _velocity_feedback(lambda: jnp.asarray(momentum, float) - 1)
+  feedback = _velocity_feedback(momentum, is_decayed=True) if error_feedback else None
   inner = _decayed(learning_rate, momentum, weight_decay, error_feedback)
   weight = lambda step: _hyperparams.current(learning_rate, step) if error_feedback else jnp.ones(())
   return _low_precision.IntoMomentum(transform(inner, feedback=feedback), 'trace', weight)
@@ -124,6 +162,7 @@ def sgdm(
   error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
+  shard_axes: Sequence[str] = (),
 ) -> _low_precision.InPlaceTransformation:
   r"""SGD with momentum, with parameters and momentum stored in low precision.
 
@@ -160,6 +199,7 @@ def sgdm(
       and formats not None), True to insist, False for the paper's optimizer.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
+    shard_axes: as for `low_precision`.
 
   Returns:
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
@@ -209,8 +249,10 @@ def sgdm(
     if has_trace:
       inner.append(optax.trace(momentum, nesterov))
     inner.append(optax.scale_by_learning_rate(learning_rate))
-  feedback = _velocity_feedback(lambda: _correction(momentum)) if error_feedback else None
-  transform = functools.partial(_low_precision.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size)
+  feedback = _velocity_feedback(momentum, is_decayed=False) if error_feedback else None
+  transform = functools.partial(
+    _low_precision.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes
+  )
   into_momentum = None
   if has_trace and not nesterov:
     into_momentum = _into_momentum(learning_rate, momentum, weight_decay, error_feedback, transform)

@@ -72,7 +72,7 @@ def convert(
   dtype('float32')
   """
   walk = _Walk({'learning_rate': learning_rate, 'momentum': momentum}, None if key is None else _random.raw_key(key))
-  return walk.convert('', tree, like)
+  return walk.convert((), tree, like)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Walk:
   factors: dict[str, float | None]
   raw_key: jax.Array | None
 
-  def convert(self, path: str, source: Any, target: Any, factor: float = 1.0) -> Any:
+  def convert(self, path: Any, source: Any, target: Any, factor: float = 1.0) -> Any:
     """The subtree `source` as `target` is stored, arrays times a factor."""
     if any(_array.is_quantized(x) for x in (source, target)):
       return self._array(path, source, target, factor)
@@ -101,15 +101,15 @@ class _Walk:
     if jax.tree_util.all_leaves([source]):
       return self._array(path, source, target, factor)
     pairs = zip(items, wanted, strict=True)
-    return wanted_def.unflatten(self.convert(_join(path, keys), x, y, factor) for (keys, x), (_, y) in pairs)
+    return wanted_def.unflatten(self.convert((*path, *keys), x, y, factor) for (keys, x), (_, y) in pairs)
 
-  def _array(self, path: str, x: Any, target: Any, factor: float) -> Any:
+  def _array(self, path: Any, x: Any, target: Any, factor: float) -> Any:
     if not hasattr(x, 'shape') or not hasattr(target, 'shape'):
       raise ValueError(_difference(path, x, target))
     if x.shape != target.shape:
-      raise ValueError(f'{path}: it has shape {x.shape}, the other tree {target.shape}')
+      raise ValueError(f'{_array.path_str(path)}: it has shape {x.shape}, the other tree {target.shape}')
     if jnp.issubdtype(x.dtype, jnp.floating) != jnp.issubdtype(target.dtype, jnp.floating):
-      raise ValueError(f'{path}: it is {x.dtype}, in the other tree {target.dtype}')
+      raise ValueError(f'{_array.path_str(path)}: it is {x.dtype}, in the other tree {target.dtype}')
     format = _array.format_of(target)
     if factor == 1.0 and _array.format_of(x) == format and x.dtype == target.dtype:
       return x
@@ -118,10 +118,10 @@ class _Walk:
       dense = dense * factor
     word = None
     if format is not None and format.rounding == 'stochastic' and self.raw_key is not None:
-      word = _random.slot_words(self.raw_key, [jnp.int32(0)], [path], 1)[0, 0]
+      word = _random.words(self.raw_key, _random.Domain.CONVERT, [], [path], 1)[0, 0]
     return _array.encode(dense, format, target.dtype, word)
 
-  def _optimizer(self, path: str, source: Any, target: Any) -> Any:
+  def _optimizer(self, path: Any, source: Any, target: Any) -> Any:
     """A LowPrecisionState to another, or to Optax's own state, or from it."""
     inner, wanted = (x.inner_state if isinstance(x, LowPrecisionState) else x for x in (source, target))
     forms = _momentum_of(inner), _momentum_of(wanted)
@@ -137,16 +137,16 @@ class _Walk:
       return LowPrecisionState(source.step, source.key, new)
     return LowPrecisionState(_count_of(inner), _concrete_key(path, target.key), new)
 
-  def _momentum(self, path: str, inner: Any, wanted: Any) -> Any:
+  def _momentum(self, path: Any, inner: Any, wanted: Any) -> Any:
     """One form of SGD's momentum to another; all that there is beside it are step counts."""
     source = _momentum_of(inner)
 
     def one(keys: Any, x: Any) -> Any:
-      where = _join(path, keys)
+      where = (*path, *keys)
       if _is_momentum(x):
         same = type(x) is type(source)
         factor = 1.0 if same else self._factor(where, type(x)) / self._factor(where, type(source))
-        x = x._replace(trace=self.convert(f'{where}/trace', source.trace, x.trace, factor))
+        x = x._replace(trace=self.convert((*where, _key('trace')), source.trace, x.trace, factor))
         return x._replace(count=_count_of(inner)) if 'count' in x._fields else x
       if getattr(keys[-1], 'name', None) != 'count':
         raise ValueError(_difference(path, inner, wanted))
@@ -154,37 +154,39 @@ class _Walk:
 
     return jax.tree_util.tree_map_with_path(one, wanted, is_leaf=_is_momentum)
 
-  def _factor(self, path: str, form: type) -> float:
+  def _factor(self, path: Any, form: type) -> float:
     if not all(self.factors[name] for name in _MOMENTA[form]):
       names = ' and '.join(_MOMENTA[form])
-      raise ValueError(f'{path}: between these forms of momentum, convert needs {names}, which must not be zero')
+      raise ValueError(
+        f'{_array.path_str(path)}: between these forms of momentum, convert needs {names}, which must not be zero'
+      )
     return math.prod(float(self.factors[name] or 0) for name in _MOMENTA[form])
 
-  def _multi_steps(self, path: str, source: Any, target: Any) -> Any:
+  def _multi_steps(self, path: Any, source: Any, target: Any) -> Any:
     """The state of one MultiSteps to that of another."""
     if not all(isinstance(x, _MULTI_STEPS) for x in (source, target)):
-      raise ValueError(f'{path or "<root>"}: only one of the two trees has the state of a MultiSteps')
+      raise ValueError(f'{_array.path_str(path)}: only one of the two trees has the state of a MultiSteps')
     key = {}
     if isinstance(target, MultiStepsState):
       key = {'key': source.key if isinstance(source, MultiStepsState) else _concrete_key(path, target.key)}
     stored = lambda tree: [_array.is_quantized(x) for x in jax.tree.leaves(tree, is_leaf=_array.is_quantized)]
     if stored(source.acc_grads) == stored(target.acc_grads):
-      acc_grads = self.convert(_join(path, 'acc_grads'), source.acc_grads, target.acc_grads)
+      acc_grads = self.convert((*path, _key('acc_grads')), source.acc_grads, target.acc_grads)
     elif int(source.mini_step) == 0:
       acc_grads = jax.tree.map(
         lambda x: _array.full(x, 0, _array.format_of(x), x.dtype), target.acc_grads, is_leaf=_array.is_quantized
       )
     else:
       raise ValueError(
-        f'{path or "<root>"}: {source.mini_step} microbatches have been accumulated, in another way than wanted; '
+        f'{_array.path_str(path)}: {source.mini_step} microbatches have been accumulated, in another way than wanted; '
         'convert when mini_step is 0, after an optimizer step'
       )
     return target._replace(
       mini_step=source.mini_step,
       gradient_step=source.gradient_step,
-      inner_opt_state=self.convert(_join(path, 'inner_opt_state'), source.inner_opt_state, target.inner_opt_state),
+      inner_opt_state=self.convert((*path, _key('inner_opt_state')), source.inner_opt_state, target.inner_opt_state),
       acc_grads=acc_grads,
-      skip_state=self.convert(_join(path, 'skip_state'), source.skip_state, target.skip_state),
+      skip_state=self.convert((*path, _key('skip_state')), source.skip_state, target.skip_state),
       **key,
     )
 
@@ -194,20 +196,19 @@ def _level(node: Any) -> tuple[list[Any], Any]:
   return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
 
 
-def _join(path: str, keys: Any) -> str:
-  name = keys if isinstance(keys, str) else jax.tree_util.keystr(keys, simple=True, separator='/')
-  return '/'.join(part for part in (path, name) if part)
+def _key(name: str) -> Any:
+  return jax.tree_util.GetAttrKey(name)
 
 
-def _difference(path: str, source: Any, target: Any) -> str:
+def _difference(path: Any, source: Any, target: Any) -> str:
   def names(tree):
     items, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_array.is_quantized)
-    return [_join(path, keys) or '<root>' for keys, _ in items]
+    return [_array.path_str((*path, *keys)) for keys, _ in items]
 
   only = lambda a, b: _array.name_some([name for name in a if name not in b])
   had, wanted = names(source), names(target)
   return (
-    f'{path or "<root>"}: the trees are not of one optimizer and one set of parameters: what is converted has '
+    f'{_array.path_str(path)}: the trees are not of one optimizer and one set of parameters: what is converted has '
     f'{only(had, wanted)} that the other has not, and the other {only(wanted, had)} that it has not '
     f'({type(source).__name__}, {type(target).__name__})'
   )
@@ -229,7 +230,9 @@ def _count_of(state: Any) -> jax.Array:
   return functools.reduce(jnp.maximum, counts, jnp.zeros((), jnp.int32))
 
 
-def _concrete_key(path: str, key: Any) -> jax.Array:
+def _concrete_key(path: Any, key: Any) -> jax.Array:
   if isinstance(key, jax.ShapeDtypeStruct):
-    raise ValueError(f'{path or "<root>"}: the new optimizer has a key; give convert a concrete state, tx.init(params)')
+    raise ValueError(
+      f'{_array.path_str(path)}: the new optimizer has a key; give convert a concrete state, tx.init(params)'
+    )
   return key

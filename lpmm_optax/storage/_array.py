@@ -26,8 +26,8 @@ Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]
 class QuantizedArray:
   """An array stored as integer codes and block scales.
 
-  For a linear grid `dequantize(x)[..., i] == codes[..., i] * scale[..., i // block]`, where the scale's bfloat16 value
-  is kept as its bit pattern. Axis and block size follow from the two shapes. The children are plain integer arrays, so
+  For a linear grid `dequantize(x)[..., i] == codes[..., i] * scale[..., i // size]`, with blocks of that size along the
+  last axis, where the scale's bfloat16 value is kept as its bit pattern. The children are plain integer arrays, so
   `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the codes' range. Their
   keys say how they are stored ('kernel/int8', 'kernel/scales_of_64'), and so does whatever saves a tree by its keys: it
   cannot be read as anything else.
@@ -37,21 +37,23 @@ class QuantizedArray:
     scales: uint16, of the array's rank, one per block; None for a format without scales.
     format: how the codes are to be read (static).
     dtype: the floating-point dtype that `dequantize` returns by default (static).
+    blocks: which elements share a scale (static); None for a format without scales.
   """
 
   codes: jax.Array
   scales: jax.Array | None
   format: Format
   dtype: Any
+  blocks: _format.BlockGeometry | None
 
   def tree_flatten(self) -> tuple[Any, Any]:
     """Children and static data."""
-    return (self.codes, self.scales), (self.format, self.dtype)
+    return (self.codes, self.scales), (self.format, self.dtype, self.blocks)
 
   def tree_flatten_with_keys(self) -> tuple[Any, Any]:
     """The same, with the keys of the children."""
     keys = map(jax.tree_util.GetAttrKey, self.format.storage)
-    return tuple(zip(keys, (self.codes, self.scales), strict=True)), (self.format, self.dtype)
+    return tuple(zip(keys, (self.codes, self.scales), strict=True)), (self.format, self.dtype, self.blocks)
 
   @classmethod
   def tree_unflatten(cls, static: Any, children: Any) -> 'QuantizedArray':
@@ -81,11 +83,13 @@ class QuantizedArray:
 
   def dense(self, dtype: Any = None) -> jax.Array:
     """The values, in `dtype` or that of the array."""
-    check_codes('<array>', self)
+    check('<array>', self)
     return _cast(_mesh.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
 
   def __repr__(self) -> str:
-    return f'QuantizedArray({jnp.dtype(self.dtype).name}{list(self.shape)} as {self.format})'
+    shape = getattr(self.codes, 'shape', None)
+    content = f'of {self.codes!r}' if shape is None else f'{jnp.dtype(self.dtype).name}{list(shape)}'
+    return f'QuantizedArray({content} as {self.format})'
 
 
 _WRAPPERS: dict[type, Callable[[Any], Any]] = {}
@@ -117,12 +121,28 @@ def is_quantized(leaf: Any) -> bool:
   return isinstance(leaf, QuantizedArray)
 
 
-def check_codes(path: str, leaf: Any) -> None:
-  """Raises a TypeError if a quantized leaf's codes are not the integers of its format any more."""
-  if is_quantized(leaf) and getattr(leaf.codes, 'dtype', leaf.format.code_dtype) != leaf.format.code_dtype:
+def check(path: str, leaf: Any) -> None:
+  """Raises unless codes and scales of a quantized leaf are what its format and its blocks say.
+
+  Raises:
+    TypeError: if the codes are not the integers of the format any more.
+    ValueError: if a slice or a transposition has taken codes and scales apart.
+  """
+  if not is_quantized(leaf):
+    return
+  if getattr(leaf.codes, 'dtype', leaf.format.code_dtype) != leaf.format.code_dtype:
     raise TypeError(
       f'{path}: the codes of an array stored as {leaf.format} have become {leaf.codes.dtype}, by arithmetic on a tree '
       'of quantized arrays (optax.incremental_update, say); dequantize it first, and keep averages dense'
+    )
+  shape, scales_shape = getattr(leaf.codes, 'shape', None), getattr(leaf.scales, 'shape', None)
+  if leaf.blocks is None or shape is None or scales_shape is None:
+    return
+  if leaf.blocks.scales_shape(shape) != scales_shape:
+    raise ValueError(
+      f'{path}: codes of shape {shape} and scales of shape {scales_shape} do not belong together: blocks of '
+      f'{leaf.blocks.size} run along axis {leaf.blocks.axis}; only slices along axes before it can be taken of codes '
+      'and scales alike, else dequantize first'
     )
 
 
@@ -143,14 +163,13 @@ def codec_of(leaf: Any, shape: tuple[int, ...], cells: _codec.Cells) -> _codec.C
     return _codec.DenseCodec(jnp.dtype(leaf.dtype), cells)
   if not leaf.format.has_scales:
     return _codec.BFloat16Codec(leaf.format, cells)
-  axis, size = _format.block_of(leaf.shape, leaf.scales.shape)
-  return _codec.LinearCodec(leaf.format, _codec.Blocks(cells, axis, size))
+  return _codec.LinearCodec(leaf.format, _codec.Blocks(cells, len(shape) + leaf.blocks.axis, leaf.blocks.size))
 
 
 def blocks_of(leaf: Any) -> list[tuple[int, int]]:
-  """The (axis, block size) of a leaf: one pair, or none without scales."""
-  if is_quantized(leaf) and leaf.scales is not None:
-    return [_format.block_of(leaf.shape, leaf.scales.shape)]
+  """The (axis, block size) of a leaf, the axis counted from the start: one pair, or none without scales."""
+  if is_quantized(leaf) and leaf.blocks is not None:
+    return [(leaf.ndim + leaf.blocks.axis, leaf.blocks.size)]
   return []
 
 
@@ -227,11 +246,11 @@ def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:
   if value != 0:
     return encode(fill(value, jnp.float32), format, dtype)
   if not format.has_scales:
-    return QuantizedArray(fill(0, format.code_dtype), None, format, dtype)
+    return QuantizedArray(fill(0, format.code_dtype), None, format, dtype, None)
   assert format.block_size is not None  # Callers have filled in their default.
-  axis, size = _format.choose_block(shape, format.block_size)
-  step = [size if d == axis else 1 for d in range(len(shape))]
-  return QuantizedArray(fill(0, format.code_dtype), fill(0, jnp.uint16, step), format, dtype)
+  blocks = _format.choose_blocks(shape, format.block_size)
+  step = [blocks.size if d == blocks.axis else 1 for d in range(-len(shape), 0)]
+  return QuantizedArray(fill(0, format.code_dtype), fill(0, jnp.uint16, step), format, dtype, blocks)
 
 
 def encode(x: jax.Array, format: Format | None, dtype: Any = None, word: jax.Array | None = None) -> Any:
@@ -341,7 +360,8 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
   paths = [path_str(path) for path, _ in leaves]
   if key is not None:
-    words = _random.slot_words(_random.raw_key(key), [jnp.int32(0)], paths, 1)[:, 0]
+    keys = [path for path, _ in leaves]
+    words = _random.words(_random.raw_key(key), _random.Domain.QUANTIZE, [], keys, 1)[:, 0]
 
   def one(i: int, path: str, leaf: Any) -> Any:
     if is_quantized(leaf) or not hasattr(leaf, 'dtype'):
@@ -386,7 +406,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   def one(path, leaf):
     if is_quantized(leaf):
-      check_codes(path_str(path), leaf)
+      check(path_str(path), leaf)
       return leaf.dense(dtype)
     if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf.astype(dtype)

@@ -1,7 +1,8 @@
 """Between dense values and stored codes: blocks, scales, and the one place where values are rounded.
 
-A codec reads and writes one array, in tiles: `decode` gives dense values; `encode` fixes what will be stored; `finish`
-gives the arrays to store and the rounding error that was made. All products below are of a power of two or of a few-bit
+A codec reads and writes one array, in tiles: `decode` gives dense values; `advance` fixes what will be stored in the
+place of what is, and `encode` what will be stored where there is nothing yet; `finish` gives the arrays to store and
+the rounding error that was made. All products below are of a power of two or of a few-bit
 integer with an 8-bit scale, hence exact, or are rounded once on every platform; divisions are done in integers. A codec
 works in *cell view*: each blocked axis of the tile is split into (cells, cell), where a cell is a run that no block
 boundary crosses. XLA vectorizes elementwise work with scales in that view, and does not without it.
@@ -25,6 +26,7 @@ _SHORTEST_PART = 8
 
 # Low enough for any gradient; high enough for reciprocal(scale) * 2^24 to be finite.
 _MIN_SCALE = 2.0**-100
+_SMALLEST_NORMAL = np.uint32(0x00800000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +121,9 @@ def to_bfloat16_bits(scale: jax.Array) -> jax.Array:
 def fresh_scale(absmax: jax.Array, max_code: int) -> jax.Array:
   """The smallest bfloat16 s, as float32, with max_code * s >= absmax.
 
-  Zero where absmax is zero, NaN where it is not finite. Nonzero scales are at least 2^-100, and low enough for
-  max_code * s to be finite, where values above are clipped by less than one grid step.
+  Zero where absmax is zero or denormal, which XLA on CPU takes for zero, and NaN where it is not finite. Nonzero scales
+  are at least 2^-100, and low enough for max_code * s to be finite, where values above are clipped by less than one
+  grid step.
   """
   largest = np.array(np.finfo(np.float32).max / np.float32(max_code)).view(np.uint32) & np.uint32(0xFFFF0000)
   # The product is within one ulp of the quotient; four ulps lower it is surely not above it.
@@ -128,7 +131,7 @@ def fresh_scale(absmax: jax.Array, max_code: int) -> jax.Array:
   scale = (below + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
   scale = jnp.where(_float_of(scale) * np.float32(max_code) >= absmax, scale, scale + jnp.uint32(0x10000))
   scale = jnp.clip(scale, np.float32(_MIN_SCALE).view(np.uint32), largest)
-  scale = jnp.where(_bits_of(absmax) == 0, jnp.uint32(0), scale)
+  scale = jnp.where(_bits_of(absmax) < _SMALLEST_NORMAL, jnp.uint32(0), scale)
   return jnp.where(jnp.isfinite(absmax), _float_of(scale), np.float32(np.nan))
 
 
@@ -152,13 +155,6 @@ class Stored(NamedTuple):
 
   codes: jax.Array
   scales: Any = None
-
-
-class Change(NamedTuple):
-  """How a value came about: the tile as stored before, and what was added to it (float32, in cell view)."""
-
-  old: Stored
-  delta: jax.Array
 
 
 class Payload(NamedTuple):
@@ -189,51 +185,59 @@ class LinearCodec:
     """The distance of neighbouring codes, which broadcasts against the cell view; of their roots for squares."""
     return self.blocks.spread(from_bfloat16_bits(stored.scales))
 
-  def encode(
-    self,
-    value: jax.Array,
-    bits: jax.Array | None,
-    change: Change | None = None,
-  ) -> Payload:
-    """Rounds values to the grid.
+  def encode(self, value: jax.Array, bits: jax.Array | None) -> Payload:
+    """Rounds values, float32 in cell view, to a fresh grid; see `advance` for the rest."""
+    value, absmax = self._storable(value)
+    return self._round(value, value, jnp.int32(0), fresh_scale(absmax, self.format.max_code), bits)
 
-    Where the value is a change of a stored one, a block whose absmax still fits its stored scale keeps that scale, and
-    there the code is an integer base to which only the delta is added and rounded. A zero delta then changes nothing,
-    and a delta far below the precision of a float32 sum is still rounded without bias.
+  def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
+    """Rounds new values of what is stored already.
+
+    A block whose absmax still fits its stored scale keeps that scale, and there the code is an integer base to which
+    only the change is added and rounded. No change then changes nothing, and one far below the precision of a float32
+    sum is still rounded without bias. On the square-root grid, the change is that of the root.
 
     Args:
-      value: float32, in cell view.
+      old: the tile as it is stored.
+      value: what it becomes, float32, in cell view.
       bits: uint32 random bits in cell view, or None to round to nearest.
-      change: value = decode(change.old) + change.delta; None for a value of its own.
+      delta: value - decode(old), where that is known to more than the precision of value; for the linear grid.
 
     Returns:
       A word per element, the code above the rounding error (a sign and fraction_bits), and the block scales.
     """
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
-    # What cannot be stored poisons its block. (NaN would without this, but LLVM vectorizes the maximum of magnitudes
-    # only behind a select.)
-    storable = value >= 0 if self.squares else value == value
-    value = jnp.where(storable, value, np.float32(np.inf))
+    value, absmax = self._storable(value)
+    old_scale = from_bfloat16_bits(old.scales)
+    codes = self.blocks.cells.split(old.codes)
+    if delta is None:
+      delta = value - codes.astype(jnp.float32) * self.blocks.spread(old_scale)
+    # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
+    limit = old_scale * np.float32(max_code)
+    kept = (absmax <= limit) & (absmax >= old_scale * np.float32(max_code * 7 // 8))
+    scale = jnp.where(kept, old_scale, fresh_scale(absmax, max_code))
+    # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
+    kept = self.blocks.spread(kept)
+    base = jnp.where(kept, codes.astype(jnp.int32) << fraction_bits, jnp.int32(0))
+    return self._round(value, jnp.where(kept, delta, value), base, scale, bits)
+
+  def _storable(self, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The values on the grid's axis (their roots, for squares), and the absmax of each block of them.
+
+    What cannot be stored poisons its block. (NaN would without this, but LLVM vectorizes the maximum of magnitudes
+    only behind a select.)
+    """
+    value = jnp.where(value >= 0 if self.squares else value == value, value, np.float32(np.inf))
     absmax = self.blocks.absmax(value)
-    if self.squares:
-      # The root of the largest is the largest root: one per block, not one per element.
-      absmax, value = jnp.sqrt(absmax), jnp.sqrt(value)
-    scale = fresh_scale(absmax, max_code)
-    target, base = value, jnp.int32(0)
-    if change is not None:
-      old, delta = change
-      old_scale = from_bfloat16_bits(old.scales)
-      limit = old_scale * np.float32(max_code)
-      # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
-      kept = (absmax <= limit) & (absmax >= old_scale * np.float32(max_code * 7 // 8))
-      scale = jnp.where(kept, old_scale, scale)
-      # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
-      kept = self.blocks.spread(kept)
-      target = jnp.where(kept, delta, value)
-      codes = self.blocks.cells.split(old.codes).astype(jnp.int32)
-      base = jnp.where(kept, codes << fraction_bits, jnp.int32(0))
+    # The root of the largest is the largest root: one per block, not one per element.
+    return (jnp.sqrt(value), jnp.sqrt(absmax)) if self.squares else (value, absmax)
+
+  def _round(
+    self, value: jax.Array, change: jax.Array, base: jax.Array, scale: jax.Array, bits: jax.Array | None
+  ) -> Payload:
+    max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
     per_unit = reciprocal(scale) * np.float32(2.0**fraction_bits)
-    fixed = lax.round(target * self.blocks.spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
+    fixed = lax.round(change * self.blocks.spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
     top = max_code << fraction_bits
     fixed = jnp.clip(fixed.astype(jnp.int32) + base, -top if self.format.signed else 0, top)
     half = jnp.int32(1 << (fraction_bits - 1))
@@ -270,8 +274,8 @@ class BFloat16Codec:
     power = _float_of(_bits_of(self.decode(stored)) & jnp.uint32(0x7F800000))
     return power * np.float32(2.0**-7)
 
-  def encode(self, value: jax.Array, bits: jax.Array | None, change: Change | None = None) -> Payload:
-    del change
+  def encode(self, value: jax.Array, bits: jax.Array | None) -> Payload:
+    """Rounds values, float32 in cell view; the error is kept beside them."""
     pattern = _bits_of(value)
     half_to_even = jnp.uint32(0x7FFF) + ((pattern >> 16) & jnp.uint32(1))
     dither = half_to_even if bits is None else bits >> 16
@@ -280,6 +284,11 @@ class BFloat16Codec:
     rounded = jnp.where(overflowed, rounded - 1, rounded)
     rounded = jnp.where(jnp.isnan(value), jnp.uint32(0x7FC0), rounded)
     return Payload(rounded.astype(jnp.uint16), value - _float_of(rounded << 16))
+
+  def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
+    """The same: this grid does not move."""
+    del old, delta
+    return self.encode(value, bits)
 
   def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
     return Stored(payload.word), payload.extra
@@ -295,12 +304,13 @@ class DenseCodec:
   def decode(self, stored: Stored) -> jax.Array:
     return self.cells.split(stored.codes).astype(compute_dtype(self.dtype))
 
-  def encode(self, value: jax.Array, bits: jax.Array | None, change: Change | None = None) -> Payload:
+  def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
+    """The values, cast; or the old ones plus a delta, cast, which is kept beside them."""
     del bits
-    if change is None:
+    if delta is None:
       return Payload(value.astype(self.dtype))
-    delta = change.delta.astype(self.dtype)
-    return Payload(self.cells.split(change.old.codes) + delta, delta)
+    delta = delta.astype(self.dtype)
+    return Payload(self.cells.split(old.codes) + delta, delta)
 
   def finish(self, payload: Payload) -> tuple[Stored, None]:
     return Stored(payload.word), None

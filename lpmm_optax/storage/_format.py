@@ -7,6 +7,7 @@ which blocks" from static facts (bits, shapes, dtypes).
 import dataclasses
 import math
 from typing import Literal
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -130,30 +131,42 @@ def largest_divisor(n: int, at_most: int) -> int:
   return next(d for d in range(min(n, at_most), 0, -1) if n % d == 0)
 
 
-def choose_block(shape: tuple[int, ...], block_size: int) -> tuple[int, int]:
-  """The axis along which blocks run, and how many elements share a scale.
+class BlockGeometry(NamedTuple):
+  """Which elements of an array share a scale.
 
-  The last axis, unless its best block would be under half the size asked for and another axis does better. Blocks never
-  straddle two rows, so one PartitionSpec serves codes and scales alike.
+  Attributes:
+    axis: along which blocks run, counted from the end (-1 is the last), so that it stays true of slices along leading
+      axes (`lax.scan` over stacked layers, `vmap`).
+    size: elements per block.
   """
-  blocks = [largest_divisor(n, block_size) for n in shape]
+
+  axis: int
+  size: int
+
+  def scales_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of the scales of an array of `shape`; None if it cannot have such blocks."""
+    axis = len(shape) + self.axis
+    if axis < 0 or shape[axis] % self.size:
+      return None
+    return (*shape[:axis], shape[axis] // self.size, *shape[axis + 1 :])
+
+
+def choose_blocks(shape: tuple[int, ...], block_size: int) -> BlockGeometry:
+  """The blocks that suit an array.
+
+  They run along the last axis, unless its best block would be under half the size asked for and the axis before it does
+  better; along a leading one, over which parameters are stacked and sliced, only if both fall short of
+  `MIN_BLOCK_SIZE`. Blocks never straddle two rows, so one PartitionSpec serves codes and scales alike.
+  """
+  sizes = [largest_divisor(n, block_size) for n in shape]
   last = len(shape) - 1
-  if 2 * blocks[last] >= block_size:
-    return last, blocks[last]
-  axis = max(range(len(shape)), key=lambda d: (blocks[d], d))
-  return axis, blocks[axis]
-
-
-def block_of(shape: tuple[int, ...], scales_shape: tuple[int, ...]) -> tuple[int, int]:
-  """Reads axis and block size back from the shapes of codes and scales.
-
-  Nothing else records them, so slicing both arrays along another axis (`lax.scan` over stacked layers, `vmap`) leaves a
-  valid quantized array.
-  """
-  for axis, (n, m) in enumerate(zip(shape, scales_shape, strict=True)):
-    if n != m:
-      return axis, n // m
-  return len(shape) - 1, 1
+  if 2 * sizes[last] >= block_size:
+    return BlockGeometry(-1, sizes[last])
+  best = lambda axes: max(axes, key=lambda d: (sizes[d], d))
+  axis = best(range(max(last - 1, 0), last + 1))
+  if sizes[axis] < MIN_BLOCK_SIZE:
+    axis = best(range(last + 1))
+  return BlockGeometry(axis - len(shape), sizes[axis])
 
 
 def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | None:
@@ -167,6 +180,6 @@ def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | 
     return f'one-dimensional, under {MIN_SIZE_1D} elements'
   if format.has_scales:
     target = format.block_size or PARAM_BLOCK_SIZE
-    if choose_block(shape, target)[1] < min(MIN_BLOCK_SIZE, target):
+    if choose_blocks(shape, target).size < min(MIN_BLOCK_SIZE, target):
       return f'no axis has a divisor from {MIN_BLOCK_SIZE} to {target}'
   return None

@@ -1,7 +1,9 @@
-"""Explicit meshes: array types carry shardings there, and every reshape would have to spell its own.
+"""Meshes on which array types say more than shape and dtype: explicit axes, and the manual ones of `jax.shard_map`.
 
-Our computations follow their inputs' shardings and never need data from another device, which is what automatic mode
-infers. So on an explicit mesh they run in automatic mode, and only their results' shardings are declared.
+On an explicit mesh, types carry shardings, and every reshape would have to spell its own. Our computations follow their
+inputs' shardings and never need data from another device, which is what automatic mode infers. So there they run in
+automatic mode, and only their results' shardings are declared. Inside of `jax.shard_map`, types say along which axes
+devices have values of their own; what meets in a loop or a branch must agree in that.
 """
 
 from collections.abc import Callable
@@ -9,6 +11,7 @@ import math
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -76,3 +79,25 @@ def _automatic(fn: Callable, mesh: Any, choose: Callable, args: tuple[Any, ...])
   auto = lambda out_sharding: jax.sharding.auto_axes(fn, out_sharding=out_sharding)
   shapes = jax.eval_shape(lambda *args: auto(replicated(mesh))(*args), *args)
   return auto(choose(shapes))(*args)
+
+
+def varying_axes(*trees: Any) -> frozenset[Any]:
+  """The manual axes along which some array varies, as far as `jax.shard_map` tracks it (check_vma)."""
+  return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))
+
+
+def vary(tree: Any, axes: frozenset[Any]) -> Any:
+  """The tree, with arrays that vary along all of these axes."""
+
+  def one(x):
+    missing = axes - varying_axes(x)
+    return lax.pcast(x, tuple(missing), to='varying') if missing else x
+
+  return jax.tree.map(one, tree)
+
+
+def template(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+  """The shape of an array with another dtype, and the manual axes along which it varies."""
+  if not isinstance(x, jax.Array):
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+  return jax.ShapeDtypeStruct(x.shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

@@ -1,18 +1,30 @@
-"""Random bits for stochastic rounding: a pure function of (key, step, leaf path, slot, global element index).
+"""Random bits for stochastic rounding: one stream, a pure function of what is rounded, when, and why.
 
-Two levels. A scalar level, `jax.random` (threefry), turns the user's key, the step count and the leaf's path into
-64-bit words, one per slot (the parameter and each state field). An elementwise level, `random_bits`, mixes such a word
-with the element's index in the whole array. The result depends on neither tile size nor sharding nor device count, and
-costs no memory of its own because XLA fuses it into the rounding.
+Two levels. A scalar level, `jax.random` (threefry), turns the user's key, a domain, the counts of steps, and the path
+of a leaf into 64-bit words, one per slot (the parameter and each state field). An elementwise level, `random_bits`,
+mixes such a word with the element's index in the whole array. The result depends on neither tile size nor sharding nor
+device count, and costs no memory of its own because XLA fuses it into the rounding.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence
+import enum
 import hashlib
+from typing import Any
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Domain(enum.IntEnum):
+  """What is rounded for; bits of different domains are independent, though key, counts and paths agree."""
+
+  QUANTIZE = 0
+  CONVERT = 1
+  STEP = 2
+  ACCUMULATE = 3
 
 
 def raw_key(key: jax.Array | None) -> jax.Array:
@@ -25,13 +37,22 @@ def raw_key(key: jax.Array | None) -> jax.Array:
     raise TypeError(f'key must be a jax.random key, got {key!r}') from error
 
 
-def slot_words(key: jax.Array, counts: Sequence[jax.Array], paths: list[str], slots: int) -> jax.Array:
-  """The 64-bit words that key one step's rounding.
+def _digest(path: Sequence[Any]) -> bytes:
+  """8 bytes of a key path, in which 'a/b' is not a -> b; containers of any kind count by the names of their keys."""
+  names = [jax.tree_util.keystr((key,), simple=True).encode() for key in path]
+  return hashlib.blake2s(b''.join(len(name).to_bytes(4, 'little') + name for name in names), digest_size=8).digest()
+
+
+def words(
+  key: jax.Array, domain: Domain, counts: Sequence[jax.Array], paths: Sequence[Sequence[Any]], slots: int
+) -> jax.Array:
+  """The 64-bit words that key one rounding of a tree.
 
   Args:
     key: uint32[2], from `raw_key`.
+    domain: what for.
     counts: int32[] each: the step, or the step and the microbatch in it.
-    paths: the leaves' paths.
+    paths: the leaves' key paths, as `jax.tree_util` gives them.
     slots: how many arrays are rounded per leaf.
 
   Returns:
@@ -39,17 +60,35 @@ def slot_words(key: jax.Array, counts: Sequence[jax.Array], paths: list[str], sl
   """
   if not paths:
     return jnp.zeros((0, slots, 2), jnp.uint32)
-  step_key = jax.random.wrap_key_data(key, impl='threefry2x32')
+  counted = jax.random.fold_in(jax.random.wrap_key_data(key, impl='threefry2x32'), domain)
   for count in counts:
-    step_key = jax.random.fold_in(step_key, count)
-  digests = [hashlib.blake2s(path.encode(), digest_size=8).digest() for path in paths]
-  hashes = np.frombuffer(b''.join(digests), dtype='<u4').reshape(-1, 2)
+    counted = jax.random.fold_in(counted, count)
+  hashes = np.frombuffer(b''.join(map(_digest, paths)), dtype='<u4').reshape(-1, 2)
 
-  def words(path_hash):
-    leaf_key = jax.random.fold_in(jax.random.fold_in(step_key, path_hash[0]), path_hash[1])
+  def of_leaf(path_hash):
+    leaf_key = jax.random.fold_in(jax.random.fold_in(counted, path_hash[0]), path_hash[1])
     return jax.random.bits(leaf_key, (slots, 2), jnp.uint32)
 
-  return jax.vmap(words)(jnp.asarray(hashes, jnp.uint32))
+  return jax.vmap(of_leaf)(jnp.asarray(hashes, jnp.uint32))
+
+
+def _derive(word: jax.Array, number: jax.Array, what: int) -> jax.Array:
+  index = lambda half: (number.astype(jnp.uint32), jnp.uint32(2 * what + half))
+  return jnp.stack([random_bits(word, index(half)) for half in (1, 2)])
+
+
+def of_use(word: jax.Array, use: jax.Array) -> jax.Array:
+  """The word, uint32[2], of one more use of what it is for; `use`, int32[], is 0 for the first, which keeps it."""
+  return jnp.where(use == 0, word, _derive(word, use, 0))
+
+
+def of_shard(words: jax.Array, axes: Iterable[Any]) -> jax.Array:
+  """The words, uint32[n, 2], of this device's shard along manual mesh axes; as they are if there are none."""
+  names = tuple(sorted(axes, key=str))
+  if not names:
+    return words
+  number = lax.axis_index(names)
+  return jax.vmap(lambda word: _derive(word, number, 1))(words)
 
 
 def random_bits(word: jax.Array | tuple[jax.Array, jax.Array], index: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -63,7 +63,7 @@ def choose(
   chosen = {}
   for e, i in owned.items():
     field, path = entries[e].field, f'{entries[e].field}/{params.paths[i]}'
-    default: Format | None = uses.default_format(e)
+    default: Format | None = uses.default_format(e, _array.format_of(leaves[i]))
     where: _array.Where | None = None
     if formats is None or isinstance(formats, Format):
       default = formats and _same_for_all(formats, e in uses.nonnegative)

@@ -6,8 +6,12 @@ the graph is cut into one elementwise program per leaf and the rest, the *outer*
 norms of gradients, and whole leaves where the update is not elementwise.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
+import re
+import types
 from typing import Any
 
 import jax
@@ -16,6 +20,7 @@ import optax
 
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _codec
+from lpmm_optax.storage import _mesh
 from lpmm_optax.trace import _program
 
 
@@ -56,13 +61,13 @@ def flatten(params: Any) -> tuple[Params, list[Any]]:
   for i, (path, leaf) in enumerate(items):
     if not hasattr(leaf, 'dtype'):
       raise TypeError(f'{_array.path_str(path)}: a parameter must be an array, got {leaf!r}')
-    _array.check_codes(_array.path_str(path), leaf)
+    _array.check(_array.path_str(path), leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
       raise TypeError(
         f'{_array.path_str(path)}: complex parameters are not supported; split them into real and imaginary parts'
       )
     if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.size:
-      templates[i] = jax.ShapeDtypeStruct(leaf.shape, _codec.compute_dtype(leaf.dtype))
+      templates[i] = _mesh.template(_array.stored(leaf).codes, _codec.compute_dtype(leaf.dtype))
   keys = tuple(path for path, _ in items)
   paths = tuple(_array.path_str(path) for path in keys)
   return Params(treedef, keys, paths, tuple(templates), templates), [leaf for _, leaf in items]
@@ -90,17 +95,28 @@ def owned(entries: Sequence[Entry]) -> dict[int, int]:
   return {e: entry.leaf for e, entry in enumerate(entries) if entry.leaf is not None}
 
 
-def entries_of(params: Params, state: Any) -> tuple[list[Entry], list[Any], Any]:
-  """The entries of an inner state with their arrays, and the state's structure.
+def _find_parameter(path: Any, by_keys: dict[Any, int]) -> tuple[int, int, int] | None:
+  """(start, end, leaf): where a parameter's whole path stands in that of an array of the state, the latest and longest.
 
-  An array belongs to the parameter whose whole path ends its own: state trees are made like the parameters.
+  It ends the array's path, for state trees are made like the parameters; or the array is kept below it, where every
+  parameter has a dict of its own.
   """
+  for end in range(len(path), -1, -1):
+    for start in range(end + 1):
+      # A bare array has an empty path, which stands everywhere.
+      if path[start:end] in by_keys and (start < end or end == len(path)):
+        return start, end, by_keys[path[start:end]]
+  return None
+
+
+def entries_of(params: Params, state: Any) -> tuple[list[Entry], list[Any], Any]:
+  """The entries of an inner state with their arrays, and the state's structure."""
   by_keys = {params.keys[i]: i for i in params.active}
   items, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_array.is_quantized)
   entries = []
   for path, x in items:
-    cut, leaf = next(((k, by_keys[path[k:]]) for k in range(len(path) + 1) if path[k:] in by_keys), (len(path), None))
-    names = [str(getattr(key, 'name', getattr(key, 'key', ''))) for key in path[:cut]]
+    start, end, leaf = _find_parameter(path, by_keys) or (len(path), len(path), None)
+    names = [str(getattr(key, 'name', getattr(key, 'key', ''))) for key in (*path[:start], *path[end:])]
     field = next((name for name in reversed(names) if name and not name.isdigit()), 'state')
     below = None if leaf is None else params.paths[leaf]
     if leaf is not None:
@@ -111,8 +127,15 @@ def entries_of(params: Params, state: Any) -> tuple[list[Entry], list[Any], Any]
 
 
 def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
+  # Optax's optimizers and schedules mix dtypes, whatever the user's setting is for code of their own. Shapes alone are
+  # traced, which no mesh of the context should reach, for ours run in automatic mode; but in `jax.shard_map` types name
+  # axes of that mesh.
+  nowhere = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+  axis_types = [x.manual_axis_type for x in jax.tree.leaves(args)]
+  is_manual = any(t is not None and t.varying for t in axis_types)
   try:
-    return _program.trace(fn, *args)
+    with jax.numpy_dtype_promotion('standard'), contextlib.nullcontext() if is_manual else nowhere:
+      return _program.trace(fn, *args)
   except Exception as error:
     error.add_note(
       f'lpmm_optax was tracing {inner_method} of the inner transformation, to which parameters are dense arrays, one '
@@ -170,6 +193,7 @@ class LeafPlan:
     fields: indices of the leaf's entries.
     reads: outer values of the leaf's shape.
     scalars: outer values that are uniform.
+    is_difference: whether the delta is computed as a new parameter minus the old one.
     obstacle: the operation that is not elementwise, if the leaf is processed whole, else None.
   """
 
@@ -177,6 +201,7 @@ class LeafPlan:
   fields: tuple[int, ...]
   reads: tuple[int, ...]
   scalars: tuple[int, ...]
+  is_difference: bool
   obstacle: str | None
 
 
@@ -231,6 +256,31 @@ class Plan:
     return list(dict.fromkeys(wanted))
 
 
+def plan_first_update(
+  inner: optax.GradientTransformationExtraArgs,
+  params: Params,
+  entries: Sequence[Entry],
+  arrays: Sequence[Any],
+  treedef: Any,
+) -> Plan:
+  """`plan_update` before any update, when extra arguments are not known; one that inner insists on is a scalar."""
+  missing: dict[str, Any] = {}
+  while True:
+    try:
+      return plan_update(inner, params, entries, arrays, treedef, {}, placeholders=missing)
+    except Exception as error:
+      message = str(error)
+      names = re.findall(r"'(\w+)'", message) if 'required keyword-only argument' in message else []
+      if not set(names) - set(missing):
+        error.add_note(
+          'init traces one update, to see which format suits which field. So it must be called where an update can be: '
+          'inside of the jax.shard_map or pmap whose axes inner names. Where that cannot be, low_precision(inner, '
+          'formats=None) does without.'
+        )
+        raise
+      missing |= {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}
+
+
 def plan_update(
   inner: optax.GradientTransformationExtraArgs,
   params: Params,
@@ -238,6 +288,8 @@ def plan_update(
   arrays: Sequence[Any],
   treedef: Any,
   extra_args: dict[str, Any],
+  gradients: Any = None,
+  placeholders: Mapping[str, jax.ShapeDtypeStruct] = types.MappingProxyType({}),
 ) -> Plan:
   """Traces `inner.update` and cuts it into the leaves' programs and the outer part.
 
@@ -248,14 +300,22 @@ def plan_update(
     arrays: the entries' arrays, of which shapes and dtypes count.
     treedef: the state's structure.
     extra_args: passed on; arrays in them are shared by all leaves.
+    gradients: dense templates by leaf, for the manual axes along which they vary; None is those of the parameters.
+    placeholders: extra arguments of which only shapes are known.
 
   Raises:
     ValueError: if inner returns updates or a state of another structure than it got.
   """
   like_params = params.tree(params.templates)
-  like_state = treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays])
+  like_state = treedef.unflatten([_mesh.template(_array.stored(x).codes, x.dtype) for x in arrays])
+  like_gradients = like_params if gradients is None else params.tree(gradients)
   graph, (updates, new_state) = _explained(
-    'update', lambda g, s, p: inner.update(g, s, p, **extra_args), like_params, like_state, like_params
+    'update',
+    lambda g, s, p, extra: inner.update(g, s, p, **extra_args, **extra),
+    like_gradients,
+    like_state,
+    like_params,
+    dict(placeholders),
   )
   for what, got, expected in (('updates', updates, like_params), ('a state', new_state, like_state)):
     got_treedef: Any = jax.tree.structure(got)
@@ -322,14 +382,13 @@ def _find_reductions(
 ) -> dict[int, Reduction]:
   found = {}
   for op in graph.ops:
-    leaf = owners[op.inputs[0]] if op.name.startswith('reduce_') else None
-    (result, *_) = op.outputs
-    if leaf is None or stored[op.inputs[0]] or graph.shape(result):
+    leaf = owners[op.inputs[0]] if op.name in _program.REDUCTIONS else None
+    if leaf is None or stored[op.inputs[0]] or graph.shape(op.outputs[0]):
       continue
     scalars = tuple(_boundary(graph, op.inputs, owners, leaf))
     if all(graph.uniform[v] for v in scalars):
       program = _program.cut(graph, [of['gradient', leaf], *scalars], op.inputs)
-      found[result] = Reduction(op.name, leaf, program, scalars)
+      found[op.outputs[0]] = Reduction(op.name, leaf, program, scalars)
   return found
 
 
@@ -350,7 +409,7 @@ def _plan_leaf(
     reads = tuple(value for value in boundary if not graph.uniform[value])
     scalars = tuple(value for value in boundary if graph.uniform[value])
     program = _program.cut(graph, [*arguments, *reads, *scalars], wanted)
-    return LeafPlan(program, fields, reads, scalars, None)
+    return LeafPlan(program, fields, reads, scalars, _is_difference(graph, wanted[0], arguments[1]), None)
   crossings = [
     op.name
     for op in graph.slice([misfit])
@@ -360,4 +419,10 @@ def _plan_leaf(
   reads = tuple(dict.fromkeys(value for value in wanted if not graph.uniform[value]))
   scalars = tuple(dict.fromkeys(value for value in wanted if graph.uniform[value] and not graph.is_literal(value)))
   program = _program.cut(graph, [*arguments, *reads, *scalars], wanted)
-  return LeafPlan(program, fields, reads, scalars, crossings[0] if crossings else 'another leaf')
+  obstacle = crossings[0] if crossings else 'another leaf'
+  return LeafPlan(program, fields, reads, scalars, _is_difference(graph, wanted[0], arguments[1]), obstacle)
+
+
+def _is_difference(graph: _program.Graph, delta: int, param: int) -> bool:
+  producer = graph.producers.get(delta)
+  return producer is not None and graph.ops[producer].name == 'sub' and graph.ops[producer].inputs[1] == param

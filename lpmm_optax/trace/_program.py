@@ -1,8 +1,14 @@
 """What a traced function computes: which of it is elementwise, and small programs that do that much on tiles.
 
-A `Graph` is a jaxpr with its inner calls inlined. A `Program` is an elementwise part of a graph, cut out between given
-values: hashable, since equal leaves share one compiled update, and free of shapes, since a tile has another one than
-its leaf.
+A `Graph` is a jaxpr with its inner calls inlined; `Graph.evaluate` is the one interpreter of them. A `Program` is an
+elementwise part of a graph, cut out between given values: hashable, since equal leaves share one compiled update, and
+free of shapes, since a tile has another one than its leaf.
+
+XLA lets LLVM contract a product and a sum into one fused multiply-add, which skips the product's rounding. Whether that
+happens depends on what was fused with what, hence on tile size, on sharding and on whether the parameters are updated
+in place or through deltas, so results would differ in the last bit and, once rounded stochastically, sometimes in a
+whole grid step (`tests/kernel/test_determinism.py` shows both). `uncontracted` forbids it: every product passes through
+an integer operation that does nothing at run time but that no compiler can see through.
 """
 
 from collections.abc import Callable
@@ -37,13 +43,18 @@ _ELEMENTWISE = frozenset({
   'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'copy', 'cos', 'cosh',
   'digamma', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow',
   'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg', 'nextafter',
-  'not', 'or', 'population_count', 'pow', 'reduce_precision', 'rem', 'round', 'rsqrt', 'select_n', 'shift_left',
-  'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin', 'sinh', 'sqrt', 'square', 'stop_gradient', 'sub',
-  'tan', 'tanh', 'xor',
+  'not', 'or', 'pcast', 'population_count', 'pow', 'pvary', 'reduce_precision', 'rem', 'round', 'rsqrt', 'select_n',
+  'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin', 'sinh', 'sqrt', 'square',
+  'stop_gradient', 'sub', 'tan', 'tanh', 'xor',
 })
 # fmt: on
 
-_REDUCTIONS = frozenset({'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_sum'})
+REDUCTIONS = frozenset({'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_sum'})
+
+# What consumes a product without being able to absorb it into a fused multiply-add.
+_ABSORBS_NOTHING = frozenset({'abs', 'bitcast_convert_type', 'convert_element_type', 'mul', 'round'})
+
+_UINT_OF_BYTES = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 # What only changes the shape of a value that is the same everywhere.
 RESHAPES = frozenset({'broadcast_in_dim', 'expand_dims', 'reshape', 'squeeze'})
@@ -57,6 +68,7 @@ class Op:
   params: dict[str, Any]
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
+  has_effects: bool = False
 
   @property
   def name(self) -> str:
@@ -105,10 +117,15 @@ class Graph:
     shapes = {self.shape(value) for value in op.inputs if not self.uniform[value]}
     return op.name in _ELEMENTWISE and shapes <= {self.shape(op.outputs[0])}
 
-  def slice(self, wanted: Iterable[int], stop: Callable[[int], bool] = lambda value: False) -> list[Op]:
+  def slice(
+    self,
+    wanted: Iterable[int],
+    stop: Callable[[int], bool] = lambda value: False,
+    with_effects: bool = False,
+  ) -> list[Op]:
     """The operations, in order, that compute the wanted values from inputs and from values at which to stop."""
-    found: set[int] = set()
-    pending = list(wanted)
+    found = {i for i, op in enumerate(self.ops) if with_effects and op.has_effects}
+    pending = [*wanted, *(self.effects if with_effects else ())]
     while pending:
       value = pending.pop()
       if value in self.producers and not stop(value) and self.producers[value] not in found:
@@ -121,8 +138,24 @@ class Graph:
     """For every result of an operation, the operation's index."""
     return {value: i for i, op in enumerate(self.ops) for value in op.outputs}
 
+  @functools.cached_property
+  def effects(self) -> list[int]:
+    """What operations with side effects (printing, callbacks) are given."""
+    return [value for op in self.ops if op.has_effects for value in op.inputs]
+
+  @functools.cached_property
+  def absorbable(self) -> frozenset[int]:
+    """The values that what consumes them could compute in one with a product."""
+    return frozenset(self.outputs).union(*(op.inputs for op in self.ops if op.name not in _ABSORBS_NOTHING))
+
   def evaluate(
-    self, wanted: Sequence[int], argument: Callable[[int], Any], given: Container[int] = ()
+    self,
+    wanted: Sequence[int],
+    argument: Callable[[int], Any],
+    *,
+    given: Container[int] = (),
+    zero: jax.Array | None = None,
+    with_effects: bool = False,
   ) -> dict[int, jax.Array]:
     """The wanted values, uniform ones as scalars.
 
@@ -130,6 +163,9 @@ class Graph:
       wanted: numbers of values.
       argument: gives an input, or what the function closed over, by its number; asked only for what is needed.
       given: values that `argument` gives too, though they are results of operations.
+      zero: uint32[], from `runtime_zero`, with which every floating-point product is rounded before it is used; None
+        leaves that to the compiler.
+      with_effects: whether operations with side effects are executed besides.
     """
     env: dict[int, Any] = {}
 
@@ -139,18 +175,61 @@ class Graph:
         env[value] = jnp.reshape(x, ()) if self.uniform[value] and np.ndim(x) else x
       return env[value]
 
-    for op in self.slice(wanted, given.__contains__):
+    for op in self.slice(wanted, given.__contains__, with_effects):
       operands = [read(value) for value in op.inputs]
       if op.name in RESHAPES and self.uniform[op.outputs[0]]:
-        env[op.outputs[0]] = operands[0]
+        results = operands
       elif self.elementwise(op):
-        env[op.outputs[0]] = bind_elementwise(op.primitive, op.params, operands)
+        results = [bind_elementwise(op.primitive, op.params, operands)]
       else:
         full = [jnp.broadcast_to(x, self.shape(value)) for x, value in zip(operands, op.inputs, strict=True)]
         results = op.primitive.bind(*full, **op.primitive.get_bind_params(op.params))
-        for value, x in zip(op.outputs, results if op.primitive.multiple_results else [results], strict=True):
-          env[value] = jnp.reshape(x, ()) if self.uniform[value] else x
+        results = results if op.primitive.multiple_results else [results]
+      if zero is not None and op.primitive is lax.mul_p and op.outputs[0] in self.absorbable:
+        results = [_opaque(x, zero) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in results]
+      for value, x in zip(op.outputs, results, strict=True):
+        env[value] = jnp.reshape(x, ()) if self.uniform[value] and np.ndim(x) else x
     return {value: read(value) for value in wanted}
+
+
+def runtime_zero(count: jax.Array) -> jax.Array:
+  """uint32 zero, unknown at compile time: the sign bit of a step count that is never negative.
+
+  The count may be a constant, where a state is made in the computation that uses it. XLA does not look through the
+  barrier, nor, once it has removed that, does LLVM on a CPU look from one kernel into another, as the maximum is one.
+  """
+  return (jnp.max(lax.optimization_barrier(jnp.broadcast_to(count, (64,)))) >> 31).astype(jnp.uint32)
+
+
+@jax.custom_jvp
+def _opaque(x: jax.Array, zero: jax.Array) -> jax.Array:
+  bits = _UINT_OF_BYTES[x.dtype.itemsize]
+  return lax.bitcast_convert_type(lax.bitcast_convert_type(x, bits) ^ zero.astype(bits), x.dtype)
+
+
+@_opaque.defjvp
+def _opaque_jvp(primals, tangents):
+  return _opaque(*primals), tangents[0]
+
+
+def uncontracted(fn: Callable, zero: jax.Array) -> Callable:
+  """`fn`, a traceable function of arrays, with every floating-point product rounded before it is used.
+
+  Args:
+    fn: the function.
+    zero: uint32[], from `runtime_zero`.
+  """
+
+  def wrapped(*args):
+    graph, shapes = trace(fn, *args)
+    arguments = dict(zip(graph.inputs, jax.tree.leaves(args), strict=True)) | graph.known
+    found = graph.evaluate(graph.outputs, arguments.__getitem__, zero=zero, with_effects=True)
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef.unflatten(
+      jnp.broadcast_to(found[value], s.shape) for value, s in zip(graph.outputs, leaves, strict=True)
+    )
+
+  return wrapped
 
 
 def bind_elementwise(primitive: jex.Primitive, params: Mapping[str, Any], operands: Sequence[Any]) -> jax.Array:
@@ -174,17 +253,14 @@ def _is_cheap(jaxpr: Any) -> bool:
       inner.append(eqn.params[_CALLS[eqn.primitive.name]])
     elif eqn.primitive is lax.cond_p:
       inner += eqn.params['branches']
-    elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | _REDUCTIONS:
+    elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | REDUCTIONS:
       return False
   return not jaxpr.effects and all(_is_cheap(part) for part in inner)
 
 
 def trace(fn: Callable, *args: Any) -> tuple[Graph, Any]:
   """The graph of `fn(*args)` and its result's pytree of ShapeDtypeStructs; what fn closes over becomes `known`."""
-  # Optax's optimizers and schedules mix dtypes, whatever the user's setting is for code of their own.
-  # And shapes alone are traced, which no mesh of the context should reach: ours run in automatic mode.
-  with jax.numpy_dtype_promotion('standard'), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+  closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*args)
   ops: list[Op] = []
   avals: list[Any] = []
   known: dict[int, Any] = {}
@@ -221,7 +297,7 @@ def trace(fn: Callable, *args: Any) -> tuple[Graph, Any]:
         outputs = inline(open_jaxpr, inner_consts, inputs)
       else:
         outputs = [new(var.aval) for var in eqn.outvars]
-        ops.append(Op(eqn.primitive, dict(eqn.params), inputs, tuple(outputs)))
+        ops.append(Op(eqn.primitive, dict(eqn.params), inputs, tuple(outputs), bool(eqn.effects)))
       env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

@@ -10,6 +10,7 @@ an update leaves it so whenever it was, it always is.
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -29,43 +30,29 @@ _ANY: Range = (-math.inf, math.inf)
 _NONNEGATIVE: Range = (0.0, math.inf)
 
 # fmt: off
+# The result is one of the operands' values.
 _SAME = _program.RESHAPES | {
-  'convert_element_type', 'copy', 'cummax', 'cummin', 'dynamic_slice', 'gather', 'optimization_barrier', 'reduce_max',
-  'reduce_min', 'reduce_precision', 'rev', 'slice', 'sort', 'stop_gradient', 'transpose',
+  'convert_element_type', 'copy', 'cummax', 'cummin', 'dynamic_slice', 'gather', 'optimization_barrier', 'pcast',
+  'pvary', 'reduce_max', 'reduce_min', 'reduce_precision', 'rev', 'slice', 'sort', 'stop_gradient', 'transpose',
 }
+# Monotone in each operand, so that their extremes are at corners of the operands' ranges.
 _MONOTONE = {
-  'ceil': math.ceil, 'exp': math.exp, 'exp2': lambda x: 2.0**x, 'expm1': math.expm1, 'floor': math.floor,
-  'logistic': lambda x: 1 / (1 + math.exp(-x)), 'round': round, 'sign': lambda x: float(np.sign(x)), 'sqrt': math.sqrt,
-  'tanh': math.tanh,
+  'add': np.add, 'add_any': np.add, 'ceil': np.ceil, 'clamp': lambda low, x, high: np.clip(x, low, high),
+  'floor': np.floor, 'max': np.maximum, 'min': np.minimum, 'mul': np.multiply, 'neg': np.negative, 'round': np.round,
+  'sign': np.sign, 'sub': np.subtract,
 }
 # fmt: on
+_NEVER_NEGATIVE = frozenset({'abs', 'exp', 'exp2', 'logistic', 'rsqrt', 'sqrt', 'square'})
 _ROOTS = frozenset({'cbrt', 'log', 'log1p', 'pow', 'rsqrt', 'sqrt'})
 _FORGETS = frozenset({'eq', 'ge', 'gt', 'is_finite', 'le', 'lt', 'ne', 'sign'})
 
 
-def _times(a: float, b: float) -> float:
-  return 0.0 if a == 0 or b == 0 else a * b
-
-
-def _monotone(fn: Any, x: float) -> float:
-  try:
-    return float(fn(x))
-  except (OverflowError, ValueError):  # Infinities, and what lies outside of the domain.
-    return math.inf if x > 0 else -math.inf
-
-
-def _product(a: Range, b: Range) -> Range:
-  corners = [_times(x, y) for x in a for y in b]
-  return min(corners), max(corners)
-
-
-def _power(x: Range, exponent: int) -> Range:
-  if exponent < 0:
-    return _NONNEGATIVE if x[0] >= 0 or exponent % 2 == 0 else _ANY
-  ends = sorted(_monotone(lambda v: v**exponent, v) for v in x)
-  if exponent % 2 == 0:
-    return (0.0 if x[0] <= 0 <= x[1] else min(abs(v) for v in ends), max(abs(v) for v in ends))
-  return ends[0], ends[1]
+def _corners(fn: Any, ranges: list[Range]) -> Range:
+  with np.errstate(all='ignore'):
+    values = [float(fn(*corner)) for corner in itertools.product(*ranges)]
+  if fn is np.multiply:  # An infinite bound times zero.
+    values = [0.0 if math.isnan(value) else value for value in values]
+  return _ANY if any(map(math.isnan, values)) else (min(values), max(values))
 
 
 def _apply(op: _program.Op, x: list[Range]) -> Range:
@@ -73,46 +60,21 @@ def _apply(op: _program.Op, x: list[Range]) -> Range:
   name = op.name
   if name in _SAME:
     return x[0]
-  if name in _MONOTONE:
-    low, high = (_monotone(_MONOTONE[name], v) for v in x[0])
-    return (max(low, 0.0), high) if name in ('exp', 'exp2', 'logistic', 'sqrt') else (low, high)
-  if name in ('add', 'add_any'):
-    return x[0][0] + x[1][0], x[0][1] + x[1][1]
-  if name == 'sub':
-    return x[0][0] - x[1][1], x[0][1] - x[1][0]
-  if name == 'neg':
-    return -x[0][1], -x[0][0]
-  if name == 'mul':
-    return _power(x[0], 2) if op.inputs[0] == op.inputs[1] else _product(x[0], x[1])
-  if name == 'div':
-    if x[1][0] < 0:
-      return _ANY
-    low, high = (1 / v if v else math.inf for v in x[1][::-1])
-    return _product(x[0], (low, high))
-  if name == 'max':
-    return max(x[0][0], x[1][0]), max(x[0][1], x[1][1])
-  if name == 'min':
-    return min(x[0][0], x[1][0]), min(x[0][1], x[1][1])
-  if name == 'clamp':
-    return max(x[0][0], min(x[1][0], x[2][1])), min(x[2][1], max(x[1][1], x[0][0]))
-  if name == 'square':
-    return _power(x[0], 2)
-  if name == 'integer_pow':
-    return _power(x[0], op.params['y'])
-  if name == 'abs':
-    return 0.0 if x[0][0] <= 0 <= x[0][1] else min(map(abs, x[0])), max(map(abs, x[0]))
-  if name == 'pow':
-    if x[0][0] < 0:
-      return _ANY
-    shrinks = (x[0][1] <= 1 and x[1][0] >= 0) or (x[0][0] >= 1 and x[1][1] <= 0)
-    return (0.0, 1.0) if shrinks else _NONNEGATIVE
-  if name == 'rsqrt':
+  is_square = name == 'mul' and op.inputs[0] == op.inputs[1]
+  if is_square or name in _NEVER_NEGATIVE or (name == 'integer_pow' and op.params['y'] % 2 == 0):
     return _NONNEGATIVE
-  if name == 'select_n':
-    return min(v[0] for v in x[1:]), max(v[1] for v in x[1:])
-  if name == 'concatenate':
-    return min(v[0] for v in x), max(v[1] for v in x)
-  if name in ('reduce_sum', 'cumsum'):
+  if name in _MONOTONE:
+    return _corners(_MONOTONE[name], x)
+  if name == 'div' and x[1][0] >= 0:
+    low, high = (1 / v if v else math.inf for v in x[1][::-1])
+    return _corners(np.multiply, [x[0], (low, high)])
+  if name in ('integer_pow', 'pow') and x[0][0] >= 0:
+    shrinks = x[0][1] <= 1 and (op.params['y'] if name == 'integer_pow' else x[1][0]) >= 0
+    return (0.0, 1.0) if shrinks else _NONNEGATIVE
+  if name in ('concatenate', 'select_n'):
+    cases = x[name == 'select_n' :]
+    return min(v[0] for v in cases), max(v[1] for v in cases)
+  if name in ('cumsum', 'reduce_sum'):
     return (0.0 if x[0][0] >= 0 else -math.inf, 0.0 if x[0][1] <= 0 else math.inf)
   return _ANY
 
@@ -200,6 +162,17 @@ def _divided_by(plan: _plan.Plan) -> set[str]:
   return {field for field, bit in bits.items() if found & bit}
 
 
+def _copies(init: _program.Graph, entries: Sequence[_plan.Entry]) -> set[int]:
+  """The entries that start as their parameter."""
+
+  def source(value):
+    while value in init.producers and init.ops[init.producers[value]].name in ('convert_element_type', 'copy'):
+      value = init.ops[init.producers[value]].inputs[0]
+    return value
+
+  return {e for e in _plan.owned(entries) if source(init.outputs[e]) in init.inputs}
+
+
 @dataclasses.dataclass(frozen=True)
 class Uses:
   """What is known of the fields of an inner state.
@@ -208,21 +181,25 @@ class Uses:
     entries: of the state.
     nonnegative: the entries, by index, that never turn negative.
     divided_by: the fields that reach a denominator, a root or a logarithm.
+    copies: the entries that start as their parameter, a second set of weights.
   """
 
   entries: Sequence[_plan.Entry]
-  nonnegative: set[int]
-  divided_by: set[str]
+  nonnegative: frozenset[int] | set[int] = frozenset()
+  divided_by: frozenset[str] | set[str] = frozenset()
+  copies: frozenset[int] | set[int] = frozenset()
 
-  def default_format(self, entry: int) -> Format:
-    """The format that suits an entry."""
+  def default_format(self, entry: int, param: Format | None) -> Format:
+    """The format that suits an entry; `param` is that of its parameter."""
     if entry in self.nonnegative:
       return _format.UINT8_SQRT
-    return _format.BFLOAT16 if self.entries[entry].field in self.divided_by else _format.INT8
+    if self.entries[entry].field in self.divided_by:
+      return _format.BFLOAT16
+    return param if param is not None and entry in self.copies else _format.INT8
 
 
 def find(init: _program.Graph, plan: _plan.Plan) -> Uses:
   """What the traced `inner.init` and the planned update tell of the state."""
   if not plan.leaves:
-    return Uses(plan.entries, set(), set())
-  return Uses(plan.entries, _nonnegative(init, plan), _divided_by(plan))
+    return Uses(plan.entries)
+  return Uses(plan.entries, _nonnegative(init, plan), _divided_by(plan), _copies(init, plan.entries))

@@ -17,12 +17,13 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax.kernel import _accumulate
-from lpmm_optax.kernel import _barrier
 from lpmm_optax.kernel import _gradient
+from lpmm_optax.kernel import _update
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _random
 from lpmm_optax.trace import _plan
+from lpmm_optax.trace import _program
 from lpmm_optax.training import _multi_steps
 from lpmm_optax.training import _step
 
@@ -36,12 +37,12 @@ class Sink:
     accumulation: the static part.
     block_axis: along which the blocks of the target run; None if it has none.
     anchor: float32[], on which the loss must depend to be differentiated.
-    dynamic: what a differentiation rule may not close over: the target with a `jax.Ref` in place of each array, the
-      weight of a gradient, the random word, and a zero at run time.
+    dynamic: what a differentiation rule may not close over: the target with a `jax.Ref` in place of each array, one to
+      the uses so far of every row, int32, the weight of a gradient, the random word, and a zero at run time.
   """
 
   path: str
-  accumulation: _accumulate.Accumulation
+  accumulation: _update.Accumulation
   block_axis: int | None
   anchor: jax.Array
   dynamic: dict[str, Any]
@@ -77,13 +78,17 @@ class Sink:
       number = number // n
     whole = jax.tree.map(lambda ref: ref[...], dynamic['target'])
     target = jax.tree.map(lambda x: _slice(x, start), whole)
+    # Every use is rounded by itself: with the same bits, errors of many uses would add up.
+    uses = dynamic['uses'][...]
+    use = jnp.max(_slice(uses, start))
+    dynamic['uses'][...] = _with_slice(uses, jnp.full(shape[axes:-1], use + 1), start)
     new = _mesh.follow(
-      functools.partial(_accumulate.accumulate_leaf, self.accumulation),
+      functools.partial(_update.accumulate_leaf, self.accumulation),
       target.codes,
-      _gradient.Gradient(target, gradient, weight=weight),
-      start,
-      dynamic['word'],
+      _gradient.Gradient(target, gradient, weight),
+      _random.of_use(dynamic['word'], use),
       dynamic['zero'],
+      start,
     )
 
     def write(ref, x, slice_of_x):
@@ -128,14 +133,15 @@ class TrackedArray(_array.QuantizedArray):
 
   @classmethod
   def tree_unflatten(cls, static: Any, children: Any) -> 'TrackedArray':
-    (codes, scales, rows), (format, dtype, sink) = children, static
-    return cls(codes, scales, format, dtype, rows, sink)
+    *arrays, rows = children
+    *described, sink = static
+    return cls(*arrays, *described, rows, sink)
 
   def dense(self, dtype: Any = None) -> jax.Array:
     """The values; their cotangent is added to the sink."""
     sink = self.sink
     sink.check(self.shape)
-    stored = _array.QuantizedArray(self.codes, self.scales, self.format, self.dtype)
+    stored = _array.QuantizedArray(self.codes, self.scales, self.format, self.dtype, self.blocks)
 
     @jax.custom_vjp
     def read(anchor, dynamic, stored, rows):
@@ -158,7 +164,7 @@ class TrackedArray(_array.QuantizedArray):
 def _track(leaf: _array.QuantizedArray, sink: Sink) -> TrackedArray:
   outer = leaf.shape[:-1]
   rows = lax.iota(jnp.int32, math.prod(outer)).reshape(outer)
-  return TrackedArray(leaf.codes, leaf.scales, leaf.format, leaf.dtype, rows, sink)
+  return TrackedArray(leaf.codes, leaf.scales, leaf.format, leaf.dtype, leaf.blocks, rows, sink)
 
 
 def value_and_step(
@@ -232,9 +238,10 @@ def value_and_step(
     structure, leaves = _plan.flatten(params)
     targets = microbatches.targets(structure, opt_state)
     words = microbatches.words(structure, opt_state)
-    zero = _barrier.runtime_zero(opt_state.mini_step)
+    zero = _program.runtime_zero(opt_state.mini_step)
     tracked = [i for i in structure.active if _array.is_quantized(leaves[i]) and _array.is_quantized(targets[i])]
     refs = {i: jax.tree.map(jax.new_ref, targets[i]) for i in tracked}
+    uses = {i: jax.new_ref(jnp.zeros(leaves[i].shape[:-1], jnp.int32)) for i in tracked}
     dense = {i: _array.dequantize(leaves[i]) for i in structure.active if i not in refs}
 
     def with_sinks(anchor):
@@ -243,6 +250,7 @@ def value_and_step(
         blocks = _array.blocks_of(targets[i])
         dynamic = {
           'target': refs[i],
+          'uses': uses[i],
           'weight': microbatches.gradient(opt_state, targets[i], None).weight,
           'word': words[i],
           'zero': zero,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 import dataclasses
 import enum
 import functools
@@ -14,10 +15,9 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
-from lpmm_optax.kernel import _accumulate
-from lpmm_optax.kernel import _barrier
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
+from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _format
@@ -25,6 +25,7 @@ from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
 from lpmm_optax.storage._format import Format
 from lpmm_optax.trace import _plan
+from lpmm_optax.trace import _program
 from lpmm_optax.training import _step
 
 
@@ -75,6 +76,7 @@ class Microbatches:
   accumulator: Format | None
   raw_key: jax.Array
   tile_size: int | None
+  shard_axes: frozenset[str]
 
   def init(self, params: Any) -> MultiStepsState:
     """The state before the first microbatch."""
@@ -146,40 +148,38 @@ class Microbatches:
   def gradient(self, state: MultiStepsState, target: Any, recent: Any) -> _gradient.Gradient:
     """A target and one more microbatch's gradient, to be summed."""
     if self.use_grad_mean and self.momentum is None and not _array.is_quantized(target):
-      n = state.mini_step.astype(jnp.float32)
-      return _gradient.Gradient(target, recent, keep=n / (n + 1), weight=1 / (n + 1))
+      return _gradient.Gradient(target, recent, 1 / (state.mini_step.astype(jnp.float32) + 1), is_mean=True)
     weight = None
     if self.use_grad_mean:
       weight = 1 / self.count(state).astype(jnp.float32)
     if self.momentum is not None:
       rate = self.momentum.weight(state.inner_opt_state.step)
       weight = rate if weight is None else weight * rate
-    return _gradient.Gradient(target, recent, weight=weight)
+    return _gradient.Gradient(target, recent, weight)
 
   def words(self, structure: _plan.Params, state: MultiStepsState) -> dict[int, jax.Array]:
     """The random words of this microbatch, by leaf."""
-    paths = [f'acc_grads/{structure.paths[i]}' for i in structure.active]
-    words = _random.slot_words(state.key, (state.gradient_step, state.mini_step), paths, 1)[:, 0]
-    return dict(zip(structure.active, words, strict=True))
+    keys = [structure.keys[i] for i in structure.active]
+    words = _random.words(state.key, _random.Domain.ACCUMULATE, (state.gradient_step, state.mini_step), keys, 1)
+    return dict(zip(structure.active, words[:, 0], strict=True))
 
-  def accumulation(self, structure: _plan.Params, i: int) -> _accumulate.Accumulation:
+  def accumulation(self, structure: _plan.Params, i: int) -> _update.Accumulation:
     """The static part of a leaf's accumulation."""
     shapes = [template.shape for template in structure.templates.values()]
     size = self.tile_size or _tiles.default_tile_size(sum(map(math.prod, shapes)), 1)
-    return _accumulate.Accumulation(structure.templates[i].shape, size)
+    return _update.Accumulation(structure.templates[i].shape, size, self.shard_axes)
 
   def accumulate(
     self, structure: _plan.Params, state: MultiStepsState, gradients: Mapping[int, jax.Array]
   ) -> dict[int, Any]:
     """The targets of all leaves, after the dense gradients of some have been added."""
     targets, words = self.targets(structure, state), self.words(structure, state)
-    zero = _barrier.runtime_zero(state.mini_step)
+    zero = _program.runtime_zero(state.mini_step)
     for i, recent in gradients.items():
       targets[i] = _mesh.follow(
-        functools.partial(_accumulate.accumulate_leaf, self.accumulation(structure, i)),
+        functools.partial(_update.accumulate_leaf, self.accumulation(structure, i)),
         _array.stored(targets[i]).codes,
         self.gradient(state, targets[i], recent),
-        [],
         words[i],
         zero,
       )
@@ -209,7 +209,7 @@ class Microbatches:
       params: the parameters.
       state: of which counts and accumulator are those after the microbatch, if it does not complete the step.
     """
-    always = _barrier.runtime_zero(state.mini_step) == 0
+    always = _program.runtime_zero(state.mini_step) == 0
 
     def emit(params, inner_state):
       return *advance(params, inner_state), always
@@ -332,6 +332,7 @@ class MultiSteps(_low_precision.InPlaceTransformation):
     *,
     key: jax.Array | None = None,
     tile_size: int | None = None,
+    shard_axes: Sequence[str] = (),
   ):
     """A transformation of microbatches' gradients.
 
@@ -345,6 +346,7 @@ class MultiSteps(_low_precision.InPlaceTransformation):
       accumulator: a Format, None for dense arrays, or `INTO_MOMENTUM`.
       key: a `jax.random` key that the accumulator's rounding derives from; None is `jax.random.key(0)`.
       tile_size: elements accumulated at a time, a matter of speed and memory alone; None chooses by backend.
+      shard_axes: as for `low_precision`.
 
     Raises:
       ValueError: for fewer than one microbatch, a format that stores no negative values, or `INTO_MOMENTUM` with any
@@ -353,12 +355,13 @@ class MultiSteps(_low_precision.InPlaceTransformation):
     """
     if isinstance(every_k_schedule, int) and every_k_schedule < 1:
       raise ValueError(f'every_k_schedule must be at least 1, got {every_k_schedule}')
+    optimizer = _low_precision.optimizer_of(tx)
     if isinstance(accumulator, Format):
       if not accumulator.signed:
         raise ValueError(f'{accumulator} stores nonnegative values only, and gradients have signs')
       accumulator = accumulator.with_block_size(_format.STATE_BLOCK_SIZE)
     elif accumulator is INTO_MOMENTUM:
-      if getattr(tx, 'into_momentum', None) is None:
+      if optimizer is None or optimizer.into_momentum is None:
         raise ValueError(
           'accumulator=INTO_MOMENTUM adds gradients to the momentum, so the optimizer must be linear in them: it takes '
           'lpmm.sgdm with a momentum and nesterov=False, and nothing around it. To transform the gradient of each '
@@ -367,7 +370,7 @@ class MultiSteps(_low_precision.InPlaceTransformation):
     elif accumulator is not None:
       raise TypeError(f'accumulator must be a Format, None or INTO_MOMENTUM, got {accumulator!r}')
     _tiles.check_size(tile_size)
-    momentum = tx.into_momentum if accumulator is INTO_MOMENTUM else None
+    momentum = optimizer.into_momentum if accumulator is INTO_MOMENTUM else None
     inner = optax.with_extra_args_support(tx if momentum is None else momentum.tx)
     microbatches = Microbatches(
       tx=inner,
@@ -378,9 +381,10 @@ class MultiSteps(_low_precision.InPlaceTransformation):
       accumulator=accumulator if isinstance(accumulator, Format) else None,
       raw_key=_random.raw_key(key),
       tile_size=tile_size,
+      shard_axes=frozenset([shard_axes] if isinstance(shard_axes, str) else shard_axes),
     )
-    obstacles = inner.obstacles if isinstance(inner, _low_precision.InPlaceTransformation) else lambda params, **_: {}
-    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, obstacles)
+    obstacles = _low_precision.obstacles_of(inner)
+    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, obstacles=obstacles)
     self.microbatches = microbatches
     return self
 

@@ -69,8 +69,9 @@ def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransform
     raise TypeError('the last transformation of lpmm.chain must be an lpmm_optax optimizer')
   if any(isinstance(tx, _low_precision.InPlaceTransformation) for tx in txs[:-1]):
     raise ValueError('an lpmm_optax optimizer must come last in lpmm.chain: nothing may transform its integer deltas')
-  if txs[-1].preceded_by is not None:
-    return txs[-1].preceded_by(txs[:-1])
+  optimizer = _low_precision.optimizer_of(txs[-1])
+  if optimizer is not None:
+    return optimizer.preceded_by(txs[:-1])
   chained = optax.chain(*txs)
   preceding = [optax.with_extra_args_support(tx) for tx in txs[:-1]]
 
@@ -85,9 +86,8 @@ def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransform
     params, last_state = txs[-1].step(gradients, params, state[-1], **extra_args)
     return params, (*new_states, last_state)
 
-  return _low_precision.InPlaceTransformation(
-    chained.init, optax.with_extra_args_support(chained).update, chained_step, txs[-1].obstacles
-  )
+  update, obstacles = optax.with_extra_args_support(chained).update, _low_precision.obstacles_of(txs[-1])
+  return _low_precision.InPlaceTransformation(chained.init, update, chained_step, obstacles=obstacles)
 
 
 def set_to_zero() -> optax.GradientTransformation:
@@ -177,4 +177,4 @@ def apply_if_finite(
     return guard(gradients, params, state, advance, lambda params: params)
 
   init = optax.apply_if_finite(inner, max_consecutive_errors).init
-  return _low_precision.InPlaceTransformation(init, update, in_place, inner.obstacles)
+  return _low_precision.InPlaceTransformation(init, update, in_place, obstacles=_low_precision.obstacles_of(inner))
