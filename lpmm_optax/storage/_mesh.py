@@ -83,7 +83,8 @@ def _automatic(fn: Callable, mesh: Any, choose: Callable, args: tuple[Any, ...])
 
 def varying_axes(*trees: Any) -> frozenset[Any]:
   """The manual axes along which some array varies, as far as `jax.shard_map` tracks it (check_vma)."""
-  return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))
+  arrays = [x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]
+  return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
 
 
 def vary(tree: Any, axes: frozenset[Any]) -> Any:
@@ -98,6 +99,7 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
 
 def template(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
   """The shape of an array with another dtype, and the manual axes along which it varies."""
-  if not isinstance(x, jax.Array):
+  if not varying_axes(x):
     return jax.ShapeDtypeStruct(x.shape, dtype)
-  return jax.ShapeDtypeStruct(x.shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+  aval: Any = jax.typeof(x)
+  return jax.ShapeDtypeStruct(x.shape, dtype, sharding=aval.sharding, manual_axis_type=aval.manual_axis_type)
