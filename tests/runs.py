@@ -1,13 +1,13 @@
-"""Parameters, gradients, grids and the loop that tests share."""
+"""Parameters, gradients, grids and the loop that tests share, and cases that are slow."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import lpmm_optax as lpmm
 from lpmm_optax.storage import _codec
-from lpmm_optax.storage import _format
 
 
 def tree(seed=0):
@@ -21,8 +21,7 @@ def tree(seed=0):
 
 def grid_steps(x):
   """The grid step at each element, of x's shape."""
-  axis, size = _format.block_of(x.shape, x.scales.shape)
-  return np.repeat(np.asarray(_codec.from_bfloat16_bits(x.scales)), size, axis=axis)
+  return np.repeat(np.asarray(_codec.from_bfloat16_bits(x.scales)), x.blocks.size, axis=x.blocks.axis)
 
 
 def gradients(steps):
@@ -41,3 +40,8 @@ def train(tx, params, grads, use_step=False):
 
   with jax.numpy_dtype_promotion('standard'):  # Optax's own optimizers, which we are compared with, need it.
     return jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), grads)[0])(params)
+
+
+def slow(*cases):
+  """Cases of a test, each the tuple of its arguments, that the README's command leaves to .ci/run."""
+  return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]

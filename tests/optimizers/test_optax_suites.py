@@ -159,8 +159,8 @@ CONTRIB = 'optax.contrib._common_test', 'ContribTest', ('alias', 'combine', 'con
 
 AliasTestOfOurs = load_suite('AliasTestOfOurs', *ALIAS, lambda _: lpmm, OURS)
 ContribTestOfOurs = load_suite('ContribTestOfOurs', *CONTRIB, lambda _: lpmm, OURS)
-AliasTestInLowPrecision = load_suite('AliasTestInLowPrecision', *ALIAS, InLowPrecision)
-ContribTestInLowPrecision = load_suite('ContribTestInLowPrecision', *CONTRIB, InLowPrecision)
+AliasTestInLowPrecision = pytest.mark.slow(load_suite('AliasTestInLowPrecision', *ALIAS, InLowPrecision))
+ContribTestInLowPrecision = pytest.mark.slow(load_suite('ContribTestInLowPrecision', *CONTRIB, InLowPrecision))
 SUITES = AliasTestOfOurs, ContribTestOfOurs, AliasTestInLowPrecision, ContribTestInLowPrecision
 
 

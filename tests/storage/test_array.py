@@ -50,16 +50,41 @@ def test_formats_are_static_values():
 @pytest.mark.parametrize(
   ('shape', 'size', 'expected'),
   [
-    ((512, 512), 64, (1, 64)),
-    ((512, 10), 64, (0, 64)),  # The last axis is too short.
-    ((3, 3, 64, 48), 64, (3, 48)),  # The largest divisor of 48 that is not above 64.
-    ((50257, 768), 128, (1, 128)),
-    ((768, 50257), 64, (0, 64)),  # 50257 = 29 * 1733.
-    ((3, 3, 16, 16), 64, (3, 16)),
+    ((512, 512), 64, (-1, 64)),
+    ((512, 10), 64, (-2, 64)),  # The last axis is too short.
+    ((3, 3, 64, 48), 64, (-1, 48)),  # The largest divisor of 48 that is not above 64.
+    ((50257, 768), 128, (-1, 128)),
+    ((768, 50257), 64, (-2, 64)),  # 50257 = 29 * 1733.
+    ((3, 3, 16, 16), 64, (-1, 16)),
+    ((128, 40, 16), 64, (-2, 40)),  # Not along a leading axis, of which slices are taken,
+    ((512, 4, 4), 64, (-3, 64)),  # unless both others are too short.
+    ((65536,), 64, (-1, 64)),
   ],
 )
 def test_blocks_run_along_the_last_axis_unless_it_is_too_short(shape, size, expected):
-  assert _format.choose_block(shape, size) == expected
+  assert _format.choose_blocks(shape, size) == expected
+
+
+@pytest.mark.parametrize('shape', [(8, 64, 128), (8, 40, 16), (16, 128, 4), (512, 4, 4), (8, 8, 12, 10), (64, 16, 16)])
+@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4, lpmm.BFLOAT16], ids=str)
+def test_a_slice_of_a_stack_decodes_as_the_stack_does_or_raises(shape, format):
+  layers = jnp.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+  stack = lpmm.quantize(
+    normal(shape) * 10.0 ** (layers % 4).astype(jnp.float32), format, where=lambda path, leaf: format
+  )
+  whole = lpmm.dequantize(stack)
+  axis = len(shape) if stack.blocks is None else len(shape) + stack.blocks.axis
+  takes = [(1, lambda x: x[1]), (1, lambda x: x[2:4]), (2, lambda x: x[1, 2])]
+  for axes, take in takes:
+    part = jax.tree.map(take, stack)
+    if axis < axes:
+      with pytest.raises(ValueError, match='blocks of'):
+        lpmm.dequantize(part)
+    else:
+      np.testing.assert_array_equal(lpmm.dequantize(part), take(whole))
+  if axis > 0:
+    looped = jax.lax.scan(lambda _, part: (None, lpmm.dequantize(part)), None, stack)[1]
+    np.testing.assert_array_equal(looped, whole)
 
 
 def test_codes_keep_the_shape_and_scales_the_rank():

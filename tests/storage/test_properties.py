@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import lpmm_optax as lpmm
-from lpmm_optax.storage import _format
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 64, 97, 100, 128])
 SHAPES = st.one_of(
@@ -47,7 +46,7 @@ def block_maxima(x, q):
   x = np.abs(x)
   if q.scales is None:
     return x
-  axis, size = _format.block_of(q.shape, q.scales.shape)
+  axis, size = len(q.shape) + q.blocks.axis, q.blocks.size
   blocks = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
   return np.broadcast_to(blocks.max(axis + 1, keepdims=True), blocks.shape).reshape(x.shape)
 

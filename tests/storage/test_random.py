@@ -2,14 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
 import numpy as np
 import pytest
 
 from lpmm_optax.storage import _random
 
 
-def words(paths, count=0, key=0):
-  return _random.slot_words(_random.raw_key(jax.random.key(key)), [jnp.int32(count)], paths, 2)
+def words(paths, count=0, key=0, domain=_random.Domain.STEP):
+  raw = _random.raw_key(jax.random.key(key))
+  return _random.words(raw, domain, [jnp.int32(count)], [tuple(map(DictKey, path)) for path in paths], 2)
 
 
 def draw(word, n=2**20, offset=0):
@@ -27,6 +29,7 @@ def test_every_random_bit_is_fair():
 def test_random_bits_of_neighbours_steps_slots_and_leaves_are_uncorrelated():
   n = 2**20
   base = draw(words(['w'])[0, 0]) / 2.0**32 - 0.5
+  word = words(['w'])[0, 0]
   others = {
     'neighbour': draw(words(['w'])[0, 0], offset=1),
     'next row': draw(words(['w'])[0, 0], offset=4096),
@@ -34,10 +37,28 @@ def test_random_bits_of_neighbours_steps_slots_and_leaves_are_uncorrelated():
     'step': draw(words(['w'], count=1)[0, 0]),
     'leaf': draw(words(['v'])[0, 0]),
     'key': draw(words(['w'], key=1)[0, 0]),
+    'quantize': draw(words(['w'], domain=_random.Domain.QUANTIZE)[0, 0]),
+    'convert': draw(words(['w'], domain=_random.Domain.CONVERT)[0, 0]),
+    'accumulate': draw(words(['w'], domain=_random.Domain.ACCUMULATE)[0, 0]),
+    'second use': draw(_random.of_use(word, jnp.int32(1))),
   }
   for name, bits in others.items():
     correlation = np.mean(base * (bits / 2.0**32 - 0.5)) * 12
     assert abs(correlation) < 5 / np.sqrt(n), name
+
+
+def test_uses_are_uncorrelated_with_one_another_and_the_first_keeps_the_word():
+  word = words(['w'])[0, 0]
+  np.testing.assert_array_equal(_random.of_use(word, jnp.int32(0)), word)
+  bits = np.stack([draw(_random.of_use(word, jnp.int32(use)), n=2**18) for use in range(6)]) / 2.0**32 - 0.5
+  correlations = 12 * bits @ bits.T / bits.shape[1] - np.eye(6)
+  assert np.max(np.abs(correlations)) < 5 / np.sqrt(bits.shape[1])
+
+
+def test_a_slash_in_a_name_is_no_path():
+  together, apart, other = words([['a/b'], ['a', 'b'], ['a', 'b/']])[:, 0]
+  assert not np.array_equal(together, apart)
+  assert not np.array_equal(apart, other)
 
 
 def test_words_do_not_depend_on_the_other_leaves():
