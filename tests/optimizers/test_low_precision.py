@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from optax import contrib
 import pytest
+from runs import slow
 from transformations import ALL
 from transformations import field_formats
 from transformations import tree
@@ -31,7 +32,10 @@ def train(tx, params, steps, route='step'):
   return jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), jnp.arange(steps))[0])(params)
 
 
-@pytest.mark.parametrize('name', ALL)
+QUICK = ('sgd', 'adamw schedule', 'muon')
+
+
+@pytest.mark.parametrize('name', [*QUICK, *slow(*((name,) for name in ALL if name not in QUICK))])
 def test_it_is_the_same_optimizer_to_float_rounding_and_in_low_precision(name):
   steps = 20
   exact, exact_state = train(ALL[name](), tree(), steps)
@@ -56,7 +60,11 @@ def test_it_is_the_same_optimizer_to_float_rounding_and_in_low_precision(name):
 
 @pytest.mark.parametrize(
   'name',
-  ['nadamw', 'clipped adamw', 'partition', 'schedule_free_adamw', 'apply_if_finite', 'lamb', 'muon', 'adafactor'],
+  [
+    'clipped adamw',
+    'lamb',
+    *slow(('nadamw',), ('partition',), ('schedule_free_adamw',), ('apply_if_finite',), ('muon',), ('adafactor',)),
+  ],
 )
 def test_step_equals_update_and_apply_updates_and_no_tile_size_shows(name):
   start = lpmm.quantize({'a': tree()['a'], 'b': tree()['b']}, lpmm.INT8)
