@@ -43,5 +43,5 @@ def train(tx, params, grads, use_step=False):
 
 
 def slow(*cases):
-  """Cases of a test, each the tuple of its arguments, that the README's command leaves to .ci/run."""
-  return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+  """Cases of a test, each its argument or the tuple of them, that the README's command leaves to .ci/run."""
+  return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -41,7 +42,7 @@ def test_rounding_is_unbiased_far_below_a_grid_step(sign, fraction):
   assert abs(moved[:, free].sum() / trials + sign * fraction) < 4 * sigma
 
 
-@pytest.mark.parametrize('format', [lpmm.INT4, lpmm.INT8, lpmm.INT16, lpmm.BFLOAT16], ids=str)
+@pytest.mark.parametrize('format', [lpmm.INT8, *slow(lpmm.INT4, lpmm.INT16, lpmm.BFLOAT16)], ids=str)
 @pytest.mark.parametrize('feedback', [True, False])
 def test_zero_gradients_change_no_bit_for_1000_steps(format, feedback):
   params = lpmm.quantize(jax.random.normal(jax.random.key(0), (64, 192)), format, key=jax.random.key(1))
@@ -130,7 +131,7 @@ def expected_rounding_variance(learning_rate, noise, momentum):
   return from_rounding[0, 0]
 
 
-@pytest.mark.parametrize('learning_rate', [1e-3, 1e-4])
+@pytest.mark.parametrize('learning_rate', [1e-3, *slow(1e-4)])
 def test_the_stationary_error_of_a_quadratic_matches_its_closed_form(learning_rate):
   b, s = 0.9, 1.0
   measured, sigma = rounding_variance(learning_rate, s, b, relaxations=12, feedback=False)
@@ -143,6 +144,7 @@ def test_the_stationary_error_of_a_quadratic_matches_its_closed_form(learning_ra
   assert abs(measured - floor - second_order) < (5 * learning_rate / (1 - b) + 0.02) * floor
 
 
+@pytest.mark.slow
 def test_maxima_that_move_add_little_to_the_stationary_error():
   # Where each new maximum took a fresh scale, which rounds the whole block anew, this was 1.7 times the closed form.
   measured, sigma = rounding_variance(1e-4, 1.0, 0.9, relaxations=6, feedback=False, still_maxima=False)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 from lpmm_optax import checkpoint
@@ -138,10 +139,17 @@ ROUTES = {
 
 
 # Every route with one optimizer, and every optimizer by two of them.
+OTHERS = [name for name in RUNS if name not in ('microbatches', 'adamw')]
+
+
 @pytest.mark.parametrize(
   ('route', 'name'),
-  [(route, 'microbatches') for route in ROUTES]
-  + [(route, name) for route in ('manager', 'flax.serialization') for name in RUNS if name != 'microbatches'],
+  [
+    *((route, 'microbatches') for route in ROUTES),
+    ('manager', 'adamw'),
+    ('flax.serialization', 'adamw'),
+    *slow(*((route, name) for route in ('manager', 'flax.serialization') for name in OTHERS)),
+  ],
 )
 def test_a_restored_run_continues_with_the_same_bits(tmp_path, route, name):
   step, halfway, end = trained(name)
@@ -468,7 +476,7 @@ def placed(place, tree, params, axis_type=AxisType.Auto):
 
 
 @pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
-@pytest.mark.parametrize('name', ['sgdm', 'sgdm, int4', 'microbatches'])
+@pytest.mark.parametrize('name', ['microbatches', *slow('sgdm', 'sgdm, int4')])
 def test_a_checkpoint_of_any_mesh_is_restored_onto_any_other(tmp_path, name, axis_type):
   _, state, _ = trained(name)
   for place in PLACES:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -74,7 +75,10 @@ def distance(a, b, start):
   return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b - start))
 
 
-@pytest.mark.parametrize('name', PAIRS)
+QUICK = ('sgdm', 'adamw', 'into momentum')
+
+
+@pytest.mark.parametrize('name', [*QUICK, *slow(*(name for name in PAIRS if name not in QUICK))])
 def test_a_run_in_float32_goes_on_in_low_precision_and_back(name):
   reference, tx, factors = PAIRS[name]
   params, state = run(reference, DENSE, reference.init(DENSE))

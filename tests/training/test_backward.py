@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -133,7 +134,7 @@ def codes(tree):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', LOSSES)
+@pytest.mark.parametrize('name', ['scan', 'flax', *slow(*(name for name in LOSSES if name not in ('scan', 'flax')))])
 def test_a_microbatch_leaves_the_bits_of_the_ordinary_path(name):
   # As far as the gradients' are the same, which are computed by other programs: all but a few codes.
   params, tx = quantized(make_params(name)), TXS['sgdm'](3)
@@ -214,7 +215,7 @@ def test_dense_leaves_dense_accumulators_and_aux_are_as_usual():
     np.testing.assert_allclose(value, scanned(plain, X), rtol=1e-6)
 
 
-@pytest.mark.parametrize('kind', ['Auto', 'Explicit'])
+@pytest.mark.parametrize('kind', ['Explicit', *slow('Auto')])
 @pytest.mark.parametrize('spec', [(None, 'x', None), (None, None, 'x')], ids=str)
 def test_sharded_parameters_stay_sharded_and_give_the_same_but_for_sums(kind, spec):
   mesh = jax.make_mesh((4,), ('x',), axis_types=(getattr(jax.sharding.AxisType, kind),), devices=jax.devices()[:4])

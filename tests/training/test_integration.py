@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -59,7 +60,7 @@ def trained_in_place(format, steps=5, tx=None):
   return losses, params, state
 
 
-@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4], ids=str)
+@pytest.mark.parametrize('format', [lpmm.INT8, *slow(lpmm.INT4)], ids=str)
 def test_stock_optax_chain_and_apply_updates(format):
   # Clipping by norm would differ in the last bit: lpmm.chain multiplies by a reciprocal.
   txs = optax.clip(0.01), lpmm.sgdm(0.05)
@@ -80,7 +81,7 @@ def test_stock_optax_chain_and_apply_updates(format):
   assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4], ids=str)
+@pytest.mark.parametrize('format', [lpmm.INT8, *slow(lpmm.INT4)], ids=str)
 def test_linen_train_state_apply_gradients(format):
   state = train_state.TrainState.create(apply_fn=MODEL.apply, params=lpmm.quantize(DENSE, format), tx=optimizer())
 
@@ -103,7 +104,7 @@ class NnxMlp(nnx.Module):
     return self.out(nnx.relu(self.hidden(x)))
 
 
-@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT4], ids=str)
+@pytest.mark.parametrize('format', [lpmm.INT8, *slow(lpmm.INT4)], ids=str)
 def test_nnx_optimizer_update(format):
   model = NnxMlp()
   graph = nnx.graphdef(model)
@@ -212,7 +213,7 @@ PAIR_GRADS = {'a': jnp.full((64, 128), 0.5), 'b': jnp.full((64, 128), 0.25)}
 
 
 @pytest.mark.parametrize('wrapper', ['masked', 'partition', 'inject_hyperparams', 'chain', 'named_chain'])
-@pytest.mark.parametrize('make', OURS.values(), ids=OURS)
+@pytest.mark.parametrize('make', [OURS['sgdm'], *slow(OURS['adamw'])], ids=OURS)
 def test_optax_wrappers(wrapper, make):
   params = lpmm.quantize(PAIR, lpmm.INT8)
   inner = make()
@@ -429,8 +430,10 @@ IN_PLACE = {
 
 
 # Dense leaves are left to XLA, which copies those of lion and rmsprop, Optax's own no less.
-IN_PLACE_CASES = [(name, False, format) for name in IN_PLACE for format in (lpmm.INT8, lpmm.BFLOAT16)]
-IN_PLACE_CASES += [('sgdm', False, None), ('adamw', False, None), ('sgdm', True, lpmm.INT8), ('adamw', True, lpmm.INT8)]
+IN_PLACE_CASES = [(name, False, lpmm.INT8) for name in IN_PLACE]
+IN_PLACE_CASES += slow(*((name, False, lpmm.BFLOAT16) for name in IN_PLACE))
+IN_PLACE_CASES += slow(('sgdm', False, None), ('adamw', False, None))
+IN_PLACE_CASES += slow(('sgdm', True, lpmm.INT8), ('adamw', True, lpmm.INT8))
 
 
 @pytest.mark.parametrize(('name', 'wrapped', 'format'), IN_PLACE_CASES, ids=str)

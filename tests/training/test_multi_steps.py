@@ -11,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import runs
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -76,7 +77,7 @@ INNERS = {
   [(1, True, True), (3, True, False), (3, False, True), (every_other, True, True)],
   ids=['1', '3', '3, sum', 'schedule'],
 )
-@pytest.mark.parametrize('inner', INNERS)
+@pytest.mark.parametrize('inner', ['sgdm', *slow('adamw', 'clipped', "optax's own")])
 def test_dense_accumulation_is_that_of_optax_after_every_microbatch(inner, every_k, use_grad_mean, use_step):
   theirs, ours = (make() for make in INNERS[inner])
   grads = gradients(7)
@@ -113,9 +114,9 @@ SKIPS = {
 }
 
 
-@pytest.mark.parametrize('skip', SKIPS)
+@pytest.mark.parametrize('skip', ['not finite', *slow('large')])
 @pytest.mark.parametrize('accumulator', [lpmm.INT8, None, lpmm.INTO_MOMENTUM], ids=str)
-@pytest.mark.parametrize('at', range(3))
+@pytest.mark.parametrize('at', [1, *slow(0, 2)])
 def test_a_skipped_microbatch_leaves_everything_as_it_was_bit_for_bit(accumulator, at, skip):
   tx = lpmm.MultiSteps(lpmm.sgdm(0.1), 3, should_skip_update_fn=SKIPS[skip], accumulator=accumulator)
   params, grads = lpmm.quantize(runs.tree(), lpmm.INT8), gradients(6)
@@ -175,7 +176,7 @@ def test_step_is_update_bit_for_bit_and_tiles_do_not_matter(name):
     assert_same_bits(train(TXS[name](tile_size=512), params, grads, use_step=True)[-1], expected)
 
 
-@pytest.mark.parametrize('spec', [('x', None), (None, 'x')], ids=str)
+@pytest.mark.parametrize('spec', [(None, 'x'), pytest.param(('x', None), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize('name', ['sgdm', 'into momentum'])
 def test_sharding_does_not_change_a_bit_and_is_kept(name, spec):
   mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
@@ -239,7 +240,7 @@ def accumulate(tx, count, grads, params, state, keys):
   return jax.vmap(one)(keys)
 
 
-@pytest.mark.parametrize('count', [2, 8, 32])
+@pytest.mark.parametrize('count', [8, *slow(2, 32)])
 @pytest.mark.parametrize('accumulator', [lpmm.INT8, lpmm.INTO_MOMENTUM], ids=str)
 def test_the_mean_is_unbiased_and_its_added_variance_is_that_of_the_roundings(accumulator, count):
   # A step of rate one moves dense parameters by minus what was accumulated.
@@ -392,7 +393,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize('name', MEMORY)
+@pytest.mark.parametrize('name', ['clipped adamw', *slow(*(name for name in MEMORY if name != 'clipped adamw'))])
 def test_the_compiled_step_holds_no_second_copy_of_anything(name):
   tx = MEMORY[name]()
   params = jax.eval_shape(lambda p: lpmm.quantize(p, lpmm.INT8), BIG)
