@@ -184,6 +184,7 @@ def test_a_run_in_low_memory_follows_the_ordinary_run(tmp_path, main, finished, 
   assert 1 < result['bytes_per_param'] - ordinary['bytes_per_param'] < 2
 
 
+@pytest.mark.slow
 def test_low_memory_takes_less_by_more_than_the_dense_weights():
   # 1.6 million parameters, and 16 characters.
   argv = ('--layers', '8', '--width', '128', '--context', '8', '--batch-size', '2')

@@ -4,9 +4,12 @@ import minimal_linen
 import minimal_nnx
 import minimal_plain
 import pytest
+from runs import slow
 
 
-@pytest.mark.parametrize('example', [minimal_linen, minimal_nnx, minimal_plain], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+  'example', [minimal_nnx, *slow(minimal_linen, minimal_plain)], ids=lambda module: module.__name__
+)
 def test_the_loss_falls_and_the_memory_is_printed(example, capsys):
   losses = example.main(steps=60)
   assert losses[-1] < 0.1 * losses[0]
