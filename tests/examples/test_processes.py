@@ -16,6 +16,8 @@ import pytest
 import lpmm_optax as lpmm
 from lpmm_optax import checkpoint
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24
 
 # The example, with gradients that are sums of few multiples of 2^-14 and thus the same bits in whatever order devices
@@ -111,7 +113,6 @@ def test_two_processes_give_the_bits_of_one(tmp_path, in_one_process):
   assert_same_bits(final_state(tmp_path), state)
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path, in_one_process):
   lines, state = in_one_process
   run = launch(tmp_path, 2, 4)

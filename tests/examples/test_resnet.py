@@ -91,6 +91,7 @@ def test_other_recipes_take_the_steps_of_full_precision(tmp_path, main, argv):
   assert low['loss'] != fp32['loss']
 
 
+@pytest.mark.slow
 def test_microbatches_take_the_steps_of_full_precision(tmp_path, main):
   # With an accumulator.
   low, fp32 = main(tmp_path, '--formats', 'paper', '--microbatches', '2', '--steps', '8').results.values()

@@ -154,7 +154,7 @@ def test_a_microbatch_leaves_the_bits_of_the_ordinary_path(name):
     state = wanted_state
 
 
-@pytest.mark.parametrize('tx', TXS)
+@pytest.mark.parametrize('tx', ['into momentum', *slow('sgdm', 'clipped adamw')])
 def test_training_follows_the_ordinary_path_within_the_noise_of_rounding(tx):
   params, tx = quantized(stacked()), TXS[tx]()
   runs = {}
