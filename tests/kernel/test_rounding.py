@@ -153,6 +153,7 @@ def test_maxima_that_move_add_little_to_the_stationary_error():
   assert abs(measured - expected) < (0.1 + 4 * sigma) * expected
 
 
+@pytest.mark.slow
 def test_error_feedback_removes_most_of_the_stationary_error():
   plain, _ = rounding_variance(1e-3, 1.0, 0.9, relaxations=12, feedback=False)
   feedback, _ = rounding_variance(1e-3, 1.0, 0.9, relaxations=12, feedback=True)
