@@ -58,7 +58,7 @@ are over seeds; differences are to the float32 method of the same form, within a
 microbatches, with 95 % intervals of Student's t; three seeds give wide ones. With several microbatches, SGD with
 feedback adds gradients into the momentum, methods in bfloat16 accumulate in bfloat16, other low-precision ones in 8
 bits, float32 ones in float32; the batch statistics of a ResNet are then those of a microbatch. This page is checked
-against the file (`tests/test_accuracy.py::test_documents_hold_what_the_runs_give`).
+against the file (`tests/benchmarks/test_accuracy.py::test_documents_hold_what_the_runs_give`).
 """
 
 

@@ -35,7 +35,7 @@ from lpmm_optax.training._step import set_to_zero
 from lpmm_optax.training._step import step
 
 if _importlib_util.find_spec('flax') is not None:
-  from lpmm_optax.state import _flax as _flax
+  from lpmm_optax import _flax as _flax
 
 __version__ = '0.1.0'
 

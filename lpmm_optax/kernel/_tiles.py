@@ -99,9 +99,11 @@ class Tiling:
     """Per axis, the tile's global coordinates: uint32 vectors."""
     out = [lax.iota(jnp.uint32, n) for n in self.tile_shape]
     if not self.is_whole:
-      group, offset = jnp.divmod(out[self.axis], jnp.uint32(self.run))
-      start = jnp.uint32(self.start) + step.astype(jnp.uint32) * jnp.uint32(self.run)
-      out[self.axis] = group * jnp.uint32(self.group) + start + offset
+      offset = out[self.axis]
+      if self.groups > 1:
+        group, offset = jnp.divmod(offset, jnp.uint32(self.run))
+        offset = group * jnp.uint32(self.group) + offset
+      out[self.axis] = jnp.uint32(self.start) + step.astype(jnp.uint32) * jnp.uint32(self.run) + offset
     return out
 
 
@@ -143,6 +145,8 @@ def apart(zero: jax.Array, fn: Callable, *args: Any) -> Any:
   and, since the second write would read what the first has overwritten, XLA copies the whole buffers first. A branch
   that no compiler can see through is the only boundary that survives its pipeline (an optimization barrier does not).
   """
+  # Traced once, not for its shapes, for the branch and for the other platforms anew.
+  fn = jax.jit(fn, inline=True)
 
   def branch(*args):
     shapes = jax.eval_shape(fn, *args)

@@ -118,7 +118,7 @@ def adam(
   rises unforeseen, an injected one or that of another run, does no harm, the sum counts as a quarter of the parameter's
   grid step at least: no error changes a first moment by more than :math:`4 \sqrt{\hat v}`, and at rates under about a
   thirty-sixth of a grid step (with :math:`\beta_1 = 0.9`) feedback fades. On a noisy quadratic it leaves less than a
-  fifth of what stochastic rounding alone adds to the loss (`tests/test_adam.py`).
+  fifth of what stochastic rounding alone adds to the loss (`tests/optimizers/test_adam.py`).
 
   Args:
     learning_rate: a scalar, or a schedule of the step count.

@@ -247,8 +247,10 @@ def _evaluate_outer(
       x = sources[what][index]
       if what == 'gradient':
         return exact(lambda x: x.dense(aval), x)
-      is_shared = what == 'state' and plan.entries[index].leaf is None
-      return x if is_shared else exact(lambda x: _array.dequantize(x, aval.dtype), x)
+      if what == 'state' and plan.entries[index].leaf is None:
+        is_number = not aval.shape and jnp.issubdtype(aval.dtype, jnp.number)
+        return _program.hidden(x) if is_number else x
+      return exact(lambda x: _array.dequantize(x, aval.dtype), x)
 
     return plan.graph.evaluate(plan.outer, argument, given=reductions, zero=zero, with_effects=True)
 
@@ -371,11 +373,12 @@ class LowPrecision:
     _plan.check_state(self.name, self.composite, structure, entries, arrays)
     templates = {i: gradient.template(structure.templates[i]) for i, gradient in gradients.items()}
     plan = _plan.plan_update(self.composite, structure, entries, arrays, treedef, extra_args, templates)
-    zero = _program.runtime_zero(own.step)
+    step = _program.hidden(own.step)
+    zero = _program.runtime_zero(step)
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     tile_size = self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
     outer = _evaluate_outer(plan, tile_size, zero, gradients, arrays, leaves)
-    hyperparams = self.feedback.hyperparams(own.step, own.inner_state) if self.feedback else {}
+    hyperparams = self.feedback.hyperparams(step, own.inner_state) if self.feedback else {}
     keys = [structure.keys[i] for i in structure.active]
     words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
     # A field of a preceding transformation may have the name of one of ours.

@@ -25,12 +25,12 @@ class VelocityState(NamedTuple):
   Attributes:
     count: steps taken, int32[].
     trace: the velocity, a tree like the parameters.
-    momentum: the decay in the last step, float32[].
+    momentum: the decay in the last step, float32[]; () if it never changes.
   """
 
   count: jax.Array  # type: ignore[assignment]  # As in Optax's states; tuples have a method of that name.
   trace: Any
-  momentum: jax.Array
+  momentum: Any
 
 
 class DecayedMomentumState(NamedTuple):
@@ -45,15 +45,19 @@ class DecayedVelocityState(NamedTuple):
 
   count: jax.Array  # type: ignore[assignment]
   trace: Any
-  momentum: jax.Array
+  momentum: Any
+
+
+def _last(momentum: Any) -> Any:
+  """What a state keeps of the momentum."""
+  return () if _hyperparams.is_known(momentum) else jnp.asarray(momentum, jnp.float32)
 
 
 def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.GradientTransformation:
   """v <- b v + lr g, w <- w - v; a learning rate of zero leaves both as they are."""
-  decay_now = lambda: jnp.asarray(momentum, jnp.float32)
 
   def init(params):
-    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), decay_now())
+    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), _last(momentum))
 
   def update(updates, state, params=None):
     del params
@@ -63,7 +67,7 @@ def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.Gra
     like = lambda scalar, x: scalar.astype(x.dtype)
     velocity = jax.tree.map(lambda g, v: like(decay, v) * v + like(rate, v) * g, updates, state.trace)
     delta = jax.tree.map(lambda v: -like(moves, v) * v, velocity)
-    return delta, VelocityState(optax.safe_increment(state.count), velocity, decay_now())
+    return delta, VelocityState(optax.safe_increment(state.count), velocity, _last(momentum))
 
   return optax.GradientTransformation(init, update)
 
@@ -120,7 +124,7 @@ def _decayed(
 
   def new_state(count, trace):
     if is_velocity:
-      return DecayedVelocityState(count, trace, jnp.asarray(momentum, jnp.float32))
+      return DecayedVelocityState(count, trace, _last(momentum))
     return DecayedMomentumState(count, trace)
 
   def init(params):

@@ -178,7 +178,7 @@ def memory_report(
   if tx is not None:
     if not isinstance(tx, _low_precision.InPlaceTransformation):
       raise TypeError(f'tx must be an lpmm_optax optimizer, got {tx!r}')
-    obstacles = tx.obstacles(params, **extra_args)
+    obstacles = _low_precision.obstacles_of(tx)(params, **extra_args)
     updates = {
       path: f'whole, for {obstacles[path]}' if path in obstacles else 'in tiles'
       for path in (structure.paths[i] for i in structure.active)

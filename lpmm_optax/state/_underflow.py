@@ -69,7 +69,7 @@ def underflow_report(params: Any, updates: Any) -> dict[str, Underflow]:
       raise TypeError(f'{path}: updates must be the dense changes that are wanted, before rounding; got {update!r}')
     if jnp.shape(update) != leaf.shape:
       raise ValueError(f'{path}: the parameter has shape {leaf.shape}, its update {jnp.shape(update)}')
-    _array.check_codes(path, leaf)
+    _array.check(path, leaf)
     report[path] = _measure(leaf, update)
   return report
 

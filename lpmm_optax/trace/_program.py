@@ -163,7 +163,7 @@ class Graph:
       wanted: numbers of values.
       argument: gives an input, or what the function closed over, by its number; asked only for what is needed.
       given: values that `argument` gives too, though they are results of operations.
-      zero: uint32[], from `runtime_zero`, with which every floating-point product is rounded before it is used; None
+      zero: uint32[], zero at run time, with which every floating-point product is rounded before it is used; None
         leaves that to the compiler.
       with_effects: whether operations with side effects are executed besides.
     """
@@ -192,13 +192,18 @@ class Graph:
     return {value: read(value) for value in wanted}
 
 
-def runtime_zero(count: jax.Array) -> jax.Array:
-  """uint32 zero, unknown at compile time: the sign bit of a step count that is never negative.
+def hidden(x: jax.Array) -> jax.Array:
+  """A number that no compiler knows, though it be a constant, as where a state is made in the computation that uses it.
 
-  The count may be a constant, where a state is made in the computation that uses it. XLA does not look through the
-  barrier, nor, once it has removed that, does LLVM on a CPU look from one kernel into another, as the maximum is one.
+  XLA does not look through the barrier, nor, once it has removed that, does LLVM on a CPU look from one kernel into
+  another, as the maximum is one.
   """
-  return (jnp.max(lax.optimization_barrier(jnp.broadcast_to(count, (64,)))) >> 31).astype(jnp.uint32)
+  return jnp.max(lax.optimization_barrier(jnp.broadcast_to(x, (64,))))
+
+
+def runtime_zero(count: jax.Array) -> jax.Array:
+  """uint32 zero, unknown at compile time: the sign bit of a `hidden` step count, which is never negative."""
+  return (count >> 31).astype(jnp.uint32)
 
 
 @jax.custom_jvp

@@ -238,7 +238,7 @@ def value_and_step(
     structure, leaves = _plan.flatten(params)
     targets = microbatches.targets(structure, opt_state)
     words = microbatches.words(structure, opt_state)
-    zero = _program.runtime_zero(opt_state.mini_step)
+    zero = _program.runtime_zero(_program.hidden(opt_state.mini_step))
     tracked = [i for i in structure.active if _array.is_quantized(leaves[i]) and _array.is_quantized(targets[i])]
     refs = {i: jax.tree.map(jax.new_ref, targets[i]) for i in tracked}
     uses = {i: jax.new_ref(jnp.zeros(leaves[i].shape[:-1], jnp.int32)) for i in tracked}

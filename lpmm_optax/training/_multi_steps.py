@@ -148,7 +148,8 @@ class Microbatches:
   def gradient(self, state: MultiStepsState, target: Any, recent: Any) -> _gradient.Gradient:
     """A target and one more microbatch's gradient, to be summed."""
     if self.use_grad_mean and self.momentum is None and not _array.is_quantized(target):
-      return _gradient.Gradient(target, recent, 1 / (state.mini_step.astype(jnp.float32) + 1), is_mean=True)
+      count = _program.hidden(state.mini_step).astype(jnp.float32) + 1
+      return _gradient.Gradient(target, recent, 1 / count, is_mean=True)
     weight = None
     if self.use_grad_mean:
       weight = 1 / self.count(state).astype(jnp.float32)
@@ -174,7 +175,7 @@ class Microbatches:
   ) -> dict[int, Any]:
     """The targets of all leaves, after the dense gradients of some have been added."""
     targets, words = self.targets(structure, state), self.words(structure, state)
-    zero = _program.runtime_zero(state.mini_step)
+    zero = _program.runtime_zero(_program.hidden(state.mini_step))
     for i, recent in gradients.items():
       targets[i] = _mesh.follow(
         functools.partial(_update.accumulate_leaf, self.accumulation(structure, i)),
@@ -209,7 +210,7 @@ class Microbatches:
       params: the parameters.
       state: of which counts and accumulator are those after the microbatch, if it does not complete the step.
     """
-    always = _program.runtime_zero(state.mini_step) == 0
+    always = _program.runtime_zero(_program.hidden(state.mini_step)) == 0
 
     def emit(params, inner_state):
       return *advance(params, inner_state), always

@@ -367,3 +367,21 @@ def test_a_learning_rate_of_zero_changes_no_parameter(make):
   new, state = lpmm.step(make(0.0), tree(7), params, state)
   jax.tree.map(np.testing.assert_array_equal, new, params)
   assert np.isfinite(lpmm.dequantize(optax.tree.get(state, 'mu'))['kernel']).all()
+
+
+def test_a_schedule_that_is_not_finite_past_its_end_trains_to_its_end():
+  steps = 200
+  schedule = lambda count: 1e-2 * jnp.sqrt(1 - jnp.asarray(count, jnp.float32) / steps)
+  target = jax.random.normal(jax.random.key(0), (64, 128))
+
+  @jax.jit
+  def run(params):
+    tx = lpmm.adamw(schedule)
+    gradient = lambda p: lpmm.dequantize(p) - target
+    body = lambda _, carry: lpmm.step(tx, gradient(carry[0]), *carry)
+    return jax.lax.fori_loop(0, steps, body, (params, tx.init(params)))[0]
+
+  before = lpmm.quantize(jnp.zeros((64, 128)), lpmm.INT8)
+  after = lpmm.dequantize(run(before))
+  assert np.all(np.isfinite(after))
+  assert float(jnp.mean((after - target) ** 2)) < 0.5 * float(jnp.mean(target**2))

@@ -263,7 +263,6 @@ def test_a_checkpoint_says_version_and_formats(saved):
     '0/layer/kernel': ([64, 256], 'int8, scales_of_64'),
     '0/scale': ([], 'float32'),
     '1/inner_state/1/count': ([], 'int32'),
-    '1/inner_state/1/momentum': ([], 'float32'),
     '1/inner_state/1/trace/layer/bias': ([256], 'float32'),
     '1/inner_state/1/trace/layer/kernel': ([64, 256], 'int8, scales_of_128'),
     '1/inner_state/1/trace/scale': ([], 'float32'),

@@ -458,3 +458,22 @@ def test_a_nan_gradient_stays_visible():
   assert np.isnan(lpmm.dequantize(params)[3]).any()
   # The next step starts from an accumulator of zeros.
   assert not np.isnan(lpmm.dequantize(state.acc_grads)).any()
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('accumulator', [None, lpmm.INT8], ids=str)
+def test_stock_optimizers_take_half_precision(dtype, accumulator):
+  with jax.numpy_dtype_promotion('standard'):
+    params = {'w': jnp.ones((64, 128), dtype), 'b': jnp.ones(10, dtype)}
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 0.5), params)
+    ours, theirs = lpmm.MultiSteps(optax.adam(0.1), 2, accumulator=accumulator), optax.MultiSteps(optax.adam(0.1), 2)
+    a, b = params, params
+    state, expected = ours.init(a), theirs.init(b)
+    for _ in range(4):
+      updates, state = ours.update(grads, state, a)
+      a = optax.apply_updates(a, updates)
+      updates, expected = theirs.update(grads, expected, b)
+      b = optax.apply_updates(b, updates)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+      assert x.dtype == y.dtype == dtype
+      np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-2)
