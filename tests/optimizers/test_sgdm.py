@@ -9,6 +9,7 @@ import optax
 import pytest
 from runs import gradients
 from runs import grid_steps
+from runs import slow
 from runs import train
 from runs import tree
 
@@ -264,7 +265,7 @@ def test_bad_formats_are_named(formats, message):
     lpmm.sgdm(0.1, formats=formats).init(lpmm.quantize(tree(), lpmm.INT8))
 
 
-@pytest.mark.parametrize('into_momentum', [False, True])
+@pytest.mark.parametrize('into_momentum', [False, *slow(True)])
 def test_a_jump_of_an_injected_momentum_moves_weights_by_no_more_than_rounding_does(into_momentum):
   """What the velocity holds of rounding errors is meant for the decay of then, and would be brought back 99 times."""
   make = optax.inject_hyperparams(lpmm.sgdm, hyperparam_dtype=jnp.float32)

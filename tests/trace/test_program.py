@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -40,7 +41,7 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize('name', DENSE)
+@pytest.mark.parametrize('name', ['sgdm', *slow('adamw', 'low_precision')])
 def test_derivatives_through_dense_steps_are_those_of_optax(name):
   ours, theirs = (jax.value_and_grad(functools.partial(loss_after, make))(0.1) for make in DENSE[name])
   np.testing.assert_allclose(ours, theirs, rtol=1e-4)
@@ -60,7 +61,7 @@ def test_derivatives_through_a_rounded_step_raise(is_quantized):
     jax.grad(loss)(0.1)
 
 
-@pytest.mark.parametrize('where', ['preceding', 'inner', 'accumulated'])
+@pytest.mark.parametrize('where', ['preceding', *slow('inner', 'accumulated')])
 def test_side_effects_happen_once_a_step(where):
   seen = []
 
@@ -102,9 +103,11 @@ def test_an_extra_argument_that_is_missing_at_init_is_taken_for_a_number():
   'count',
   [
     lambda x: jnp.sum(jnp.abs(x) > 0.5),
-    lambda x: jnp.max(jnp.sign(x).astype(jnp.int32)),
-    lambda x: jnp.any(x > 0.5).astype(jnp.int32),
-    lambda x: jnp.min(jnp.round(10 * jnp.abs(x)).astype(jnp.int32)),
+    *slow(
+      lambda x: jnp.max(jnp.sign(x).astype(jnp.int32)),
+      lambda x: jnp.any(x > 0.5).astype(jnp.int32),
+      lambda x: jnp.min(jnp.round(10 * jnp.abs(x)).astype(jnp.int32)),
+    ),
   ],
 )
 def test_reductions_of_accumulated_gradients_of_any_kind(count):

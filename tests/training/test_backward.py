@@ -348,7 +348,7 @@ def test_a_nan_gradient_stays_visible():
   assert np.isnan(lpmm.dequantize(optax.tree.get(state, 'trace')['kernel'])).any()
 
 
-@pytest.mark.parametrize('how', ['scanned', 'unrolled', 'sliced'])
+@pytest.mark.parametrize('how', ['scanned', *slow('unrolled', 'sliced')])
 def test_the_noise_of_a_parameter_used_often_grows_as_a_root(how):
   """Every use is rounded by itself: of T uses with the same bits, errors would add up to T of one."""
   shape = (4, 64, 128)
