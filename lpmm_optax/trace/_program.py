@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import math
+import types
 from typing import Any
 
 import jax
@@ -133,6 +134,14 @@ class Graph:
         pending += self.ops[self.producers[value]].inputs
     return [self.ops[i] for i in sorted(found)]
 
+  def dependents(self, values: Iterable[int]) -> set[int]:
+    """These values, and all that depend on some of them."""
+    found = set(values)
+    for op in self.ops:
+      if not found.isdisjoint(op.inputs):
+        found.update(op.outputs)
+    return found
+
   @functools.cached_property
   def producers(self) -> dict[int, int]:
     """For every result of an operation, the operation's index."""
@@ -155,6 +164,7 @@ class Graph:
     *,
     given: Container[int] = (),
     zero: jax.Array | None = None,
+    rules: Mapping[str, Callable] = types.MappingProxyType({}),
     with_effects: bool = False,
   ) -> dict[int, jax.Array]:
     """The wanted values, uniform ones as scalars.
@@ -165,6 +175,7 @@ class Graph:
       given: values that `argument` gives too, though they are results of operations.
       zero: uint32[], zero at run time, with which every floating-point product is rounded before it is used; None
         leaves that to the compiler.
+      rules: by name of an elementwise operation, the function of (operand, **parameters) that stands in for it.
       with_effects: whether operations with side effects are executed besides.
     """
     env: dict[int, Any] = {}
@@ -179,6 +190,8 @@ class Graph:
       operands = [read(value) for value in op.inputs]
       if op.name in RESHAPES and self.uniform[op.outputs[0]]:
         results = operands
+      elif op.name in rules:
+        results = [rules[op.name](*operands, **op.params)]
       elif self.elementwise(op):
         results = [bind_elementwise(op.primitive, op.params, operands)]
       else:
