@@ -174,8 +174,9 @@ class Stages(NamedTuple):
 
 
 def update_in_place(
-  stages: Callable[[tuple[int, ...]], Stages],
+  stages: Callable[[tuple[int, ...], Any], Stages],
   tilings: list[Tiling],
+  values: Any,
   zero: jax.Array,
   reads: Any,
   writes: Any,
@@ -184,8 +185,9 @@ def update_in_place(
   """Runs a staged update over all tiles of a leaf.
 
   Args:
-    stages: of the update, for tiles of a shape.
+    stages: of the update, for tiles of a shape and for `values`.
     tilings: of the leaf.
+    values: small arrays that all tiles share.
     zero: uint32[], zero at run time.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
@@ -196,7 +198,7 @@ def update_in_place(
   """
   writes = _mesh.vary(writes, _mesh.varying_axes(reads, writes))
   for tiling in tilings:
-    writes = _update_lot(stages(tiling.tile_shape), tiling, zero, reads, writes, fused)
+    writes = _update_lot(stages(tiling.tile_shape, values), tiling, zero, reads, writes, fused)
   return writes
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,17 @@ class LeafUpdate:
   is_difference: bool = False
 
 
+class _Values(NamedTuple):
+  """The small arrays that all tiles of a leaf share."""
+
+  zero: jax.Array
+  words: jax.Array
+  weight: jax.Array | None
+  scalars: list[jax.Array]
+  hyperparams: dict[str, jax.Array]
+  start: list[jax.Array]
+
+
 # Traced and, outside jit, compiled once for all leaves of one kind.
 @functools.partial(jax.jit, static_argnums=0)
 def update_leaf(
@@ -95,23 +107,25 @@ def update_leaf(
   squared = any(_array.is_quantized(field) and field.format.grid == 'sqrt' for field in fields)
   arrays = [_array.stored(leaf) for leaf in slots]
   words = _random.of_shard(words, static.shard_axes | _mesh.varying_axes(arrays, gradient.stored()))
+  shared = _Values(zero, words, gradient.weight, list(scalars), hyperparams, list(start))
 
-  def stages(tile_shape):
+  def stages(tile_shape, values):
     cells = _codec.make_cells(tile_shape, blocks)
     target_codec, *codecs = (_array.codec_of(leaf, tile_shape, cells) for leaf in slots)
 
     def bits(slot, coordinates):
-      return _array.random_bits(slots[slot], words[slot], cells, static.shape, coordinates, start)
+      return _array.random_bits(slots[slot], values.words[slot], cells, static.shape, coordinates, values.start)
 
     def compute(reads, value, old_fields):
       """The wanted delta, and the wanted fields."""
+      weighted = dataclasses.replace(gradient, weight=values.weight)
       if static.program is None:
-        return gradient.change(value, cells.split(reads['gradient'][1]), dtype), []
-      g = gradient.tile(reads['gradient'], cells, dtype)
+        return weighted.change(value, cells.split(reads['gradient'][1]), dtype), []
+      g = weighted.tile(reads['gradient'], cells, dtype)
       if squared:
         g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
       decoded = (c.decode(old).astype(x.dtype) for c, old, x in zip(codecs, old_fields, fields, strict=True))
-      results = static.program(g, value, *decoded, *(cells.split(x) for x in reads['reads']), *scalars)
+      results = static.program(g, value, *decoded, *(cells.split(x) for x in reads['reads']), *values.scalars)
       delta, *new = (jnp.broadcast_to(x.astype(dtype), value.shape) for x in results)
       if static.is_difference:
         delta = jnp.where(jnp.abs(delta) > jnp.abs(value) * _DIFFERENCE_NOISE, delta, jnp.zeros((), dtype))
@@ -124,15 +138,15 @@ def update_leaf(
       return target_codec.advance(old, value + delta, bits(0, coordinates), delta), new
 
     def second(coordinates, carried, writes):
-      payload, values = carried
+      payload, new_values = carried
       if static.correct is not None and not isinstance(target_codec, _codec.DenseCodec):
         new, error = target_codec.finish(payload)
-        named = dict(zip(static.fields, values, strict=True))
-        named = static.correct(named, error, target_codec.step(new), hyperparams)
-        values = [named[name] for name in static.fields]
+        named = dict(zip(static.fields, new_values, strict=True))
+        named = static.correct(named, error, target_codec.step(new), values.hyperparams)
+        new_values = [named[name] for name in static.fields]
       return [
         codec.finish(codec.advance(old, value, bits(1 + k, coordinates)))[0]
-        for k, (codec, old, value) in enumerate(zip(codecs, writes['fields'], values, strict=True))
+        for k, (codec, old, value) in enumerate(zip(codecs, writes['fields'], new_values, strict=True))
       ]
 
     def last(carried, result, reads):
@@ -145,7 +159,7 @@ def update_leaf(
         return {'delta': _codec.subtract(new, old), 'fields': result}
       return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
-    return _tiles.Stages(*(_program.uncontracted(stage, zero) for stage in (first, second, last)))
+    return _tiles.Stages(*(_program.uncontracted(stage, values.zero) for stage in (first, second, last)))
 
   only_read: dict[str, Any] = {'gradient': gradient.stored(), 'reads': list(reads)}
   writes: dict[str, Any] = {'fields': arrays[1:]}
@@ -155,7 +169,7 @@ def update_leaf(
     only_read['target'] = arrays[0]
     writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['target'])
   # XLA by itself updates arrays in place that are read and written in one dtype.
-  writes = _tiles.update_in_place(stages, tilings, zero, only_read, writes, fused=is_dense)
+  writes = _tiles.update_in_place(stages, tilings, shared, zero, only_read, writes, fused=is_dense)
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
