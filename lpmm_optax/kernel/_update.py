@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpmm_optax.kernel import _driver
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
 from lpmm_optax.storage import _array
@@ -43,6 +44,7 @@ class LeafUpdate:
     shape: of the array that elements are numbered in, of which the target may be a slice along leading axes.
     tile_size: in elements.
     shard_axes: manual axes over which the leaf is sharded, besides those along which its arrays are known to vary.
+    driver: what may run it.
   """
 
   program: _program.Program | None
@@ -53,6 +55,7 @@ class LeafUpdate:
   correct: Correction | None = None
   in_place: bool = True
   is_difference: bool = False
+  driver: _driver.Driver = dataclasses.field(default_factory=_driver.chosen)
 
 
 class _Values(NamedTuple):
@@ -168,8 +171,12 @@ def update_leaf(
   else:
     only_read['target'] = arrays[0]
     writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['target'])
-  # XLA by itself updates arrays in place that are read and written in one dtype.
-  writes = _tiles.update_in_place(stages, tilings, shared, zero, only_read, writes, fused=is_dense)
+  if is_dense:
+    # XLA by itself updates arrays in place that are read and written in one dtype.
+    writes = _tiles.update_in_place(stages, tilings, shared, zero, only_read, writes, fused=True)
+  else:
+    leaves = [leaf for leaf in (*slots, gradient.accumulated, gradient.recent, *reads) if leaf is not None]
+    writes = _driver.update_in_place(static.driver, leaves, stages, tilings, shared, zero, only_read, writes)
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 

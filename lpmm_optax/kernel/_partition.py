@@ -1,0 +1,109 @@
+"""A kernel under automatic sharding: each device runs it on its shard.
+
+XLA cannot split a kernel that it does not know, so it would gather every array on every device. Here it is told how:
+`jax.custom_partitioning` runs the kernel on shards, with the coordinates at which each begins.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+from jax import lax
+from jax.experimental import custom_partitioning
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+
+
+def by_shard(
+  run: Callable, run_shard: Callable, run_batched: Callable, shape: tuple[int, ...], shared: int
+) -> Callable:
+  """`run`, which takes pytrees of arrays, so that it runs shard by shard where they are sharded.
+
+  Args:
+    run: `(*shared, reads, writes) -> new writes`, for one device.
+    run_shard: `(shape, origin, *shared, reads, writes) -> new writes`, for a shard of `shape` whose first element has
+      the coordinates `origin`, uint32[] each.
+    run_batched: as `run`, but XLA's own, for `jax.vmap`.
+    shape: of the leaf; arrays of it and arrays of its rank, with fewer elements along some axis, are split alike.
+    shared: how many arguments come first, of which every device gets all.
+  """
+
+  def call(*args):
+    flat, tree = jax.tree.flatten(args)
+    outputs, output_tree = jax.tree.flatten(args[-1])
+    first = len(jax.tree.leaves(args[:shared]))  # The arrays from here on are split.
+
+    @custom_partitioning.custom_partitioning
+    def partitioned(*flat):
+      return tuple(jax.tree.leaves(run(*jax.tree.unflatten(tree, flat))))
+
+    def partition(mesh, arg_shapes, result_shape):
+      del result_shape
+      whole = next(x for x in arg_shapes[first:] if x.shape == shape)
+      spec = _even(mesh, whole.sharding.spec, [x.shape for x in arg_shapes[first:]])
+      parts = [_parts(mesh, names) for names in spec]
+
+      def lower(*flat):
+        local = tuple(n // k for n, k in zip(shape, parts, strict=True))
+        # What XLA calls back runs under the mesh of whoever compiles, whose explicit axes do not concern a shard.
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+          origin = [_index(mesh, names) * jnp.uint32(n) for names, n in zip(spec, local, strict=True)]
+          return tuple(jax.tree.leaves(run_shard(local, origin, *jax.tree.unflatten(tree, flat))))
+
+      split, replicated = NamedSharding(mesh, PartitionSpec(*spec)), NamedSharding(mesh, PartitionSpec())
+      args = (replicated,) * first + (split,) * (len(flat) - first)
+      return mesh, lower, (split,) * len(outputs), args
+
+    partitioned.def_partition(partition=partition, sharding_rule=_rule([x.shape for x in flat], first, len(outputs)))
+
+    @jax.custom_batching.custom_vmap
+    def batchable(*flat):
+      return partitioned(*flat)
+
+    @batchable.def_vmap
+    def batched(axis_size, in_batched, *flat):
+      del axis_size
+      one = lambda *flat: tuple(jax.tree.leaves(run_batched(*jax.tree.unflatten(tree, flat))))
+      out = jax.vmap(one, in_axes=[0 if is_batched else None for is_batched in in_batched])(*flat)
+      return out, (True,) * len(outputs)
+
+    return jax.tree.unflatten(output_tree, batchable(*flat))
+
+  return call
+
+
+def _names(names: Any) -> tuple[str, ...]:
+  """The mesh axes of an entry of a PartitionSpec."""
+  return names if isinstance(names, tuple) else () if names is None else (names,)
+
+
+def _parts(mesh: Any, names: Any) -> int:
+  return math.prod(mesh.shape[name] for name in _names(names))
+
+
+def _index(mesh: Any, names: Any) -> jax.Array:
+  """Which part along some mesh axes this device has."""
+  index = jnp.uint32(0)
+  for name in _names(names):
+    index = index * jnp.uint32(mesh.shape[name]) + lax.axis_index(name).astype(jnp.uint32)
+  return index
+
+
+def _even(mesh: Any, spec: PartitionSpec, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+  """The spec, replicated along axes that some array cannot split evenly."""
+  padded = (*spec, *(None,) * (len(shapes[0]) - len(spec)))
+  fits = lambda axis, names: all(shape[axis] % _parts(mesh, names) == 0 for shape in shapes)
+  return tuple(names if fits(axis, names) else None for axis, names in enumerate(padded))
+
+
+def _rule(shapes: Sequence[tuple[int, ...]], first: int, outputs: int) -> str:
+  """Shardy's rule: arrays from `first` on are sharded alike, axis by axis, where they are equally long."""
+
+  def dims(i, shape):
+    return ' '.join(f's{i}x{axis}' if i < first else f'd{axis}x{n}' for axis, n in enumerate(shape))
+
+  named = [dims(i, shape) for i, shape in enumerate(shapes)]
+  return f'{", ".join(named)} -> {", ".join(named[len(named) - outputs :])}'
