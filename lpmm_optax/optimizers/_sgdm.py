@@ -25,12 +25,12 @@ class VelocityState(NamedTuple):
   Attributes:
     count: steps taken, int32[].
     trace: the velocity, a tree like the parameters.
-    momentum: the decay in the last step, float32[]; () if it never changes.
+    momentum: the decay in the last step, float32[].
   """
 
   count: jax.Array  # type: ignore[assignment]  # As in Optax's states; tuples have a method of that name.
   trace: Any
-  momentum: Any
+  momentum: jax.Array
 
 
 class DecayedMomentumState(NamedTuple):
@@ -45,19 +45,15 @@ class DecayedVelocityState(NamedTuple):
 
   count: jax.Array  # type: ignore[assignment]
   trace: Any
-  momentum: Any
-
-
-def _last(momentum: Any) -> Any:
-  """What a state keeps of the momentum."""
-  return () if _hyperparams.is_known(momentum) else jnp.asarray(momentum, jnp.float32)
+  momentum: jax.Array
 
 
 def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.GradientTransformation:
   """v <- b v + lr g, w <- w - v; a learning rate of zero leaves both as they are."""
 
   def init(params):
-    return VelocityState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params), _last(momentum))
+    trace = jax.tree.map(jnp.zeros_like, params)
+    return VelocityState(jnp.zeros((), jnp.int32), trace, jnp.asarray(momentum, jnp.float32))
 
   def update(updates, state, params=None):
     del params
@@ -67,7 +63,8 @@ def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.Gra
     like = lambda scalar, x: scalar.astype(x.dtype)
     velocity = jax.tree.map(lambda g, v: like(decay, v) * v + like(rate, v) * g, updates, state.trace)
     delta = jax.tree.map(lambda v: -like(moves, v) * v, velocity)
-    return delta, VelocityState(optax.safe_increment(state.count), velocity, _last(momentum))
+    last = jnp.where(frozen, state.momentum, momentum)
+    return delta, VelocityState(optax.safe_increment(state.count), velocity, last)
 
   return optax.GradientTransformation(init, update)
 
@@ -122,13 +119,11 @@ def _decayed(
   m = u + g, the parameters move by it, and :math:`\beta m` is stored. As a velocity, gradients count times the rate.
   """
 
-  def new_state(count, trace):
-    if is_velocity:
-      return DecayedVelocityState(count, trace, _last(momentum))
-    return DecayedMomentumState(count, trace)
-
   def init(params):
-    return new_state(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+    count, trace = jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params)
+    if is_velocity:
+      return DecayedVelocityState(count, trace, jnp.asarray(momentum, jnp.float32))
+    return DecayedMomentumState(count, trace)
 
   def update(updates, state, params):
     rate = _hyperparams.current(learning_rate, state.count)
@@ -141,7 +136,8 @@ def _decayed(
     total = jax.tree.map(lambda g, w, u: u + g + like(enters * weight_decay, u) * w, updates, params, state.trace)
     delta = jax.tree.map(lambda m: -like(moves, m) * m, total)
     trace = jax.tree.map(lambda m: like(decay, m) * m, total)
-    return delta, new_state(optax.safe_increment(state.count), trace)
+    state = state._replace(count=optax.safe_increment(state.count), trace=trace)
+    return delta, state._replace(momentum=jnp.where(frozen, state.momentum, momentum)) if is_velocity else state
 
   return optax.GradientTransformation(init, update)
 

@@ -300,7 +300,7 @@ def _check_param_format(path: str, leaf: Any, format: Format) -> None:
 @functools.partial(jax.jit, static_argnames=('format', 'dtype'))
 def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
   target = full(x, 0, format, dtype)
-  codec = whole_codec(target)
+  codec: Any = whole_codec(target)
   cells = codec_cells(codec)
   bits = None
   if word is not None:

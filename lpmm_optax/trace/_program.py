@@ -242,6 +242,7 @@ def uncontracted(fn: Callable, zero: jax.Array) -> Callable:
     graph, shapes = trace(fn, *args)
     arguments = dict(zip(graph.inputs, jax.tree.leaves(args), strict=True)) | graph.known
     found = graph.evaluate(graph.outputs, arguments.__getitem__, zero=zero, with_effects=True)
+    treedef: Any
     leaves, treedef = jax.tree.flatten(shapes)
     return treedef.unflatten(
       jnp.broadcast_to(found[value], s.shape) for value, s in zip(graph.outputs, leaves, strict=True)

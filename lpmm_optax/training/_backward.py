@@ -133,9 +133,8 @@ class TrackedArray(_array.QuantizedArray):
 
   @classmethod
   def tree_unflatten(cls, static: Any, children: Any) -> 'TrackedArray':
-    *arrays, rows = children
-    *described, sink = static
-    return cls(*arrays, *described, rows, sink)
+    (codes, scales, rows), (format, dtype, blocks, sink) = children, static
+    return cls(codes, scales, format, dtype, blocks, rows, sink)
 
   def dense(self, dtype: Any = None) -> jax.Array:
     """The values; their cotangent is added to the sink."""

@@ -356,13 +356,15 @@ class MultiSteps(_low_precision.InPlaceTransformation):
     """
     if isinstance(every_k_schedule, int) and every_k_schedule < 1:
       raise ValueError(f'every_k_schedule must be at least 1, got {every_k_schedule}')
-    optimizer = _low_precision.optimizer_of(tx)
+    momentum = None
     if isinstance(accumulator, Format):
       if not accumulator.signed:
         raise ValueError(f'{accumulator} stores nonnegative values only, and gradients have signs')
       accumulator = accumulator.with_block_size(_format.STATE_BLOCK_SIZE)
     elif accumulator is INTO_MOMENTUM:
-      if optimizer is None or optimizer.into_momentum is None:
+      optimizer = _low_precision.optimizer_of(tx)
+      momentum = None if optimizer is None else optimizer.into_momentum
+      if momentum is None:
         raise ValueError(
           'accumulator=INTO_MOMENTUM adds gradients to the momentum, so the optimizer must be linear in them: it takes '
           'lpmm.sgdm with a momentum and nesterov=False, and nothing around it. To transform the gradient of each '
@@ -371,7 +373,6 @@ class MultiSteps(_low_precision.InPlaceTransformation):
     elif accumulator is not None:
       raise TypeError(f'accumulator must be a Format, None or INTO_MOMENTUM, got {accumulator!r}')
     _tiles.check_size(tile_size)
-    momentum = optimizer.into_momentum if accumulator is INTO_MOMENTUM else None
     inner = optax.with_extra_args_support(tx if momentum is None else momentum.tx)
     microbatches = Microbatches(
       tx=inner,

@@ -85,7 +85,7 @@ def test_extra_arguments_reach_the_inner_transformation():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), updates, expected)
   # What cannot be looked at before the first update takes the safe format.
   tx = lpmm.low_precision(contrib.momo(0.1))
-  assert field_formats(tx.init(params)) == {'exp_avg': {'bfloat16'}}
+  assert field_formats(tx.init(params)) == {'exp_avg': {'int8'}}
   assert 'updated in tiles' in str(lpmm.memory_report(params, tx.init(params), tx=tx, value=jnp.float32(2.0)))
 
 
