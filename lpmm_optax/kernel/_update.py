@@ -21,7 +21,7 @@ from lpmm_optax.storage import _random
 from lpmm_optax.trace import _program
 
 _LARGEST_SQUARED = 2.0**63
-# Of a parameter: under 4 to 8 units in the last place, a difference of two is what was rounded on the way.
+# Of a parameter: 4 to 8 units in the last place, within which two that should be equal differ by what was rounded.
 _DIFFERENCE_NOISE = 2.0**-21
 
 # (fields, error, grid_step, hyperparams) -> fields on dense tiles, for `LeafUpdate.correct`: a function of a module,
@@ -127,11 +127,15 @@ def update_leaf(
       g = weighted.tile(reads['gradient'], cells, dtype)
       if squared:
         g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
-      decoded = (c.decode(old).astype(x.dtype) for c, old, x in zip(codecs, old_fields, fields, strict=True))
+      decoded = [c.decode(old).astype(x.dtype) for c, old, x in zip(codecs, old_fields, fields, strict=True)]
       results = static.program(g, value, *decoded, *(cells.split(x) for x in reads['reads']), *values.scalars)
       delta, *new = (jnp.broadcast_to(x.astype(dtype), value.shape) for x in results)
-      if static.is_difference:
-        delta = jnp.where(jnp.abs(delta) > jnp.abs(value) * _DIFFERENCE_NOISE, delta, jnp.zeros((), dtype))
+      if static.is_difference and fields and _array.is_quantized(target):
+        # Nothing has come: what is left of the difference of two sums is how they were rounded.
+        is_still = jnp.abs(delta) <= jnp.abs(value) * _DIFFERENCE_NOISE
+        for old, x in zip(decoded, new, strict=True):
+          is_still = is_still & (x == old.astype(dtype))
+        delta = jnp.where(is_still, jnp.zeros((), dtype), delta)
       return delta, new
 
     def first(coordinates, reads, writes):

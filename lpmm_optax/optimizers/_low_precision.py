@@ -6,6 +6,7 @@ and what of the mathematics is not of one leaf.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
@@ -112,9 +113,15 @@ def _init_inner(
   graph, shapes = _plan.trace_init(inner, params)
   entries, arrays, treedef = _plan.entries_of(params, shapes)
   uses = _uses.Uses(entries)
-  if formats is not None and _plan.owned(entries):
-    plan = _plan.plan_first_update(inner, params, entries, arrays, treedef)
-    uses = _uses.find(graph, plan)
+  try:
+    if formats is not None:
+      uses = _uses.find(graph, _plan.plan_first_update(inner, params, entries, arrays, treedef))
+  except Exception:
+    # Only where a default has to be chosen must it be known what a field is for.
+    named = formats if isinstance(formats, Mapping) else ()
+    guessed = _field_formats.choose(formats, params, leaves, entries, uses)
+    if any(format is not None and entries[e].field not in named for e, format in guessed.items()):
+      raise
   chosen = _field_formats.choose(formats, params, leaves, entries, uses)
   owned = _plan.owned(entries)
 

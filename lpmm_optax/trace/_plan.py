@@ -275,7 +275,7 @@ def plan_first_update(
         error.add_note(
           'init traces one update, to see which format suits which field. So it must be called where an update can be: '
           'inside of the jax.shard_map or pmap whose axes inner names. Where that cannot be, low_precision(inner, '
-          'formats=None) does without.'
+          'formats=...) does without if that is None, or names a Format for every field.'
         )
         raise
       missing |= {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}

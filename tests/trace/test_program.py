@@ -89,6 +89,8 @@ def test_a_trace_that_fails_at_init_says_so():
     lpmm.low_precision(inner).init(params)
   assert any('init traces one update' in note for note in found.value.__notes__)
   lpmm.low_precision(inner, formats=None).init(params)
+  state = lpmm.low_precision(inner, formats={'mu': lpmm.INT8, 'nu': lpmm.BFLOAT16}).init(params)
+  assert optax.tree.get(state, 'nu').format == lpmm.BFLOAT16
 
 
 def test_an_extra_argument_that_is_missing_at_init_is_taken_for_a_number():
