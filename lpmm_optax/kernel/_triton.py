@@ -25,8 +25,8 @@ from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
 from lpmm_optax.trace import _program
 
-# Per tile. On an H100, one leaf of 2^27 elements, in ps per parameter at 1, 2 and 4 warps: sgdm 4.3, 4.0, 4.3; adamw
-# 8.9, 8.0, 7.8. Larger tiles with as many warps per element were no faster, ones with fewer slower.
+# Per tile. On an H100, one leaf of 2^27 elements, in ps per parameter at 1, 2 and 4 warps: sgdm 5.5, 4.2, 4.5; adamw
+# 9.9, 8.7, 8.3 (`benchmarks/results/gpu_h100.jsonl`). Larger tiles were no faster.
 ELEMENTS = 1024
 WARPS = 2
 
