@@ -1,7 +1,7 @@
 """What needs a real GPU: whether the kernel gives the loop's bits, and how long a step takes.
 
   python benchmarks/on_gpu.py --results results.jsonl --seconds 240
-  python benchmarks/on_gpu.py --results /tmp/rehearsal.jsonl --small   # on a CPU, the kernel interpreted
+  python benchmarks/on_gpu.py --results rehearsal.jsonl --small   # on a CPU, the kernel interpreted
 
 Stages run in order of value. Each result is appended as a line of JSON as soon as it is there, an error instead of a
 result is one too, and what no longer fits into the time is named. Programs are traced one by one, compiled by threads,
