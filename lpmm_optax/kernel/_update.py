@@ -185,17 +185,8 @@ def update_leaf(
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Accumulation:
-  """What is static about an accumulation: `shape`, `tile_size` and `shard_axes` of `LeafUpdate`."""
-
-  shape: tuple[int, ...]
-  tile_size: int
-  shard_axes: frozenset[str]
-
-
 def accumulate_leaf(
-  static: Accumulation,
+  static: LeafUpdate,
   gradient: _gradient.Gradient,
   word: jax.Array,
   zero: jax.Array,
@@ -204,15 +195,14 @@ def accumulate_leaf(
   """The new `gradient.accumulated`, after `gradient.recent`: an update of it that has no program and no fields.
 
   Args:
-    static: see `Accumulation`.
+    static: of an update without a program.
     gradient: with both arrays.
     word: uint32[2], the random word of the leaf.
     zero: uint32[], zero at run time.
     start: as for `update_leaf`.
   """
   recent = dataclasses.replace(gradient, accumulated=None)
-  update = LeafUpdate(None, static.shape, static.tile_size, static.shard_axes)
-  return update_leaf(update, recent, gradient.accumulated, word[None], zero, start=start)[0]
+  return update_leaf(static, recent, gradient.accumulated, word[None], zero, start=start)[0]
 
 
 def _least(dtype: Any) -> Any:

@@ -449,6 +449,6 @@ def transform(
   """`low_precision` with more that its aliases need: a name for messages, feedback, and `IntoMomentum`."""
   _field_formats.check(formats)
   _tiles.check_size(tile_size)
-  axes = frozenset([shard_axes] if isinstance(shard_axes, str) else shard_axes)
+  axes = _mesh.axis_names(shard_axes)
   inner, raw_key = optax.with_extra_args_support(inner), _random.raw_key(key)
   return LowPrecision(inner, name, formats, raw_key, tile_size, axes, feedback, into_momentum).transformation

@@ -81,6 +81,11 @@ def _automatic(fn: Callable, mesh: Any, choose: Callable, args: tuple[Any, ...])
   return auto(choose(shapes))(*args)
 
 
+def axis_names(axes: Any) -> frozenset[Any]:
+  """The names in a `shard_axes` argument: of one axis, or a sequence of them."""
+  return frozenset([axes] if isinstance(axes, str) else axes)
+
+
 def varying_axes(*trees: Any) -> frozenset[Any]:
   """The manual axes along which some array varies, as far as `jax.shard_map` tracks it (check_vma)."""
   arrays = [x for x in jax.tree.leaves(trees) if isinstance(x, jax.Array)]

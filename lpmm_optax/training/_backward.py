@@ -42,7 +42,7 @@ class Sink:
   """
 
   path: str
-  accumulation: _update.Accumulation
+  accumulation: _update.LeafUpdate
   block_axis: int | None
   anchor: jax.Array
   dynamic: dict[str, Any]

@@ -164,11 +164,11 @@ class Microbatches:
     words = _random.words(state.key, _random.Domain.ACCUMULATE, (state.gradient_step, state.mini_step), keys, 1)
     return dict(zip(structure.active, words[:, 0], strict=True))
 
-  def accumulation(self, structure: _plan.Params, i: int) -> _update.Accumulation:
+  def accumulation(self, structure: _plan.Params, i: int) -> _update.LeafUpdate:
     """The static part of a leaf's accumulation."""
     shapes = [template.shape for template in structure.templates.values()]
     size = self.tile_size or _tiles.default_tile_size(sum(map(math.prod, shapes)), 1)
-    return _update.Accumulation(structure.templates[i].shape, size, self.shard_axes)
+    return _update.LeafUpdate(None, structure.templates[i].shape, size, self.shard_axes)
 
   def accumulate(
     self, structure: _plan.Params, state: MultiStepsState, gradients: Mapping[int, jax.Array]
@@ -383,7 +383,7 @@ class MultiSteps(_low_precision.InPlaceTransformation):
       accumulator=accumulator if isinstance(accumulator, Format) else None,
       raw_key=_random.raw_key(key),
       tile_size=tile_size,
-      shard_axes=frozenset([shard_axes] if isinstance(shard_axes, str) else shard_axes),
+      shard_axes=_mesh.axis_names(shard_axes),
     )
     obstacles = _low_precision.obstacles_of(inner)
     self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, obstacles=obstacles)
