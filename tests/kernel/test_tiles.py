@@ -1,5 +1,6 @@
 """Tiles: as small as asked, and all of an array between them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -44,3 +45,14 @@ def test_tiles_cover_the_array(shape, blocks, tile_size, lots):
       np.testing.assert_array_equal(y[index], 0)
       y = tiling.put(y, tile, step)
   np.testing.assert_array_equal(x, y)
+
+
+def test_a_loop_over_tiles_runs_on_all_cores_of_a_cpu():
+  tx = lpmm.sgdm(0.1, tile_size=2**12)
+  params, grads = lpmm.quantize({'w': jnp.ones((256, 256))}, lpmm.INT8), {'w': jnp.ones((256, 256))}
+  step = jax.jit(lambda params, state, grads: lpmm.step(tx, grads, params, state))
+  text = step.lower(params, tx.init(params), grads).compile().as_text()
+  ours = [line for line in text.splitlines() if 'jit(update_leaf)/while' in line]
+  assert any(' while(' in line for line in ours)
+  # XLA marks the loops that it takes for small ones and makes functions of one thread of.
+  assert not any('xla_cpu_small_call' in line for line in ours)
