@@ -205,11 +205,11 @@ def update_in_place(
 def fold(body: Callable[[Tiling, jax.Array, Any], Any], tilings: list[Tiling], total: Any) -> Any:
   """`total` after `total = body(tiling, step, total)` for every tile."""
   for tiling in tilings:
-    total = _loop(tiling.steps, functools.partial(body, tiling), total)
+    total = loop(tiling.steps, functools.partial(body, tiling), total)
   return total
 
 
-def _loop(steps: Any, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
+def loop(steps: Any, body: Callable[[jax.Array, Any], Any], init: Any) -> Any:
   """`lax.fori_loop(0, steps, body, init)`, whose body runs on all cores of a CPU.
 
   The XLA of jaxlib 0.12 compiles a loop, of whatever size, into one function of one thread unless it has to call its
@@ -249,4 +249,4 @@ def _update_lot(stages: Stages, tiling: Tiling, zero: jax.Array, reads: Any, wri
   # XLA inlines a loop that it knows to run once. Then the tiles of all small leaves would be alive together, for on CPU
   # it schedules leaves breadth first.
   steps = tiling.steps if tiling.steps > 1 else 1 + zero.astype(jnp.int32)
-  return _loop(steps, body, writes)
+  return loop(steps, body, writes)

@@ -193,8 +193,9 @@ class LinearCodec:
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
     """Rounds new values of what is stored already.
 
-    A block whose absmax still fits its stored scale keeps that scale, and there the code is an integer base to which
-    only the change is added and rounded. No change then changes nothing, and one far below the precision of a float32
+    A block whose absmax still fits its stored scale (is at most its largest value and at least 7/8 of that, or any less
+    for the least scale) keeps that scale, and there the code is an integer base to which only the change is added and
+    rounded. No change then changes nothing, and one far below the precision of a float32
     sum is still rounded without bias. On the square-root grid, the change is that of the root.
 
     Args:
@@ -214,7 +215,8 @@ class LinearCodec:
       delta = value - codes.astype(jnp.float32) * self.blocks.spread(old_scale)
     # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
     limit = old_scale * np.float32(max_code)
-    kept = (absmax <= limit) & (absmax >= old_scale * np.float32(max_code * 7 // 8))
+    is_tight = (absmax >= old_scale * np.float32(max_code * 7 // 8)) | (old_scale == np.float32(_MIN_SCALE))
+    kept = (absmax <= limit) & is_tight
     scale = jnp.where(kept, old_scale, fresh_scale(absmax, max_code))
     # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
     kept = self.blocks.spread(kept)

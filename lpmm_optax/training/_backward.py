@@ -272,7 +272,7 @@ def value_and_step(
     last = microbatches.is_last(opt_state)
     state = state._replace(mini_step=jnp.where(last, state.mini_step, optax.safe_increment(state.mini_step)))
     advance = functools.partial(_step.step, microbatches.tx, gradients)
-    params, state = microbatches.take_step(advance, lambda params, shapes: params, last, params, state)
+    params, state = microbatches.take_step(advance, params, last, state)
     return value, params, state
 
   return wrapped

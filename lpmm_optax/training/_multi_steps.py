@@ -61,6 +61,19 @@ class MultiStepsState(NamedTuple):
   key: jax.Array
 
 
+def _where(when: jax.Array, fn: Callable[[Any], Any], x: Any) -> Any:
+  """`fn(x)` where `when`, bool[], and else x; a pytree of arrays, which is overwritten in place.
+
+  It is a loop of one turn or none: of a `lax.cond`, XLA on a GPU copies what it may change. A loop has no reverse-mode
+  derivative, so without anything quantized, which has none either, it is a `lax.cond`.
+  """
+  if not any(map(_array.is_quantized, jax.tree.leaves(x, is_leaf=_array.is_quantized))):
+    return lax.cond(when, fn, lambda x: x, x)
+  varying = lambda x, like: _mesh.vary(x, like.manual_axis_type.varying) if like.manual_axis_type else x
+  x = jax.tree.map(varying, x, jax.eval_shape(fn, x))
+  return _tiles.loop(when.astype(jnp.int32), lambda _, x: fn(x), x)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Microbatches:
   """How `MultiSteps` accumulates; its arguments, checked.
@@ -198,30 +211,24 @@ class Microbatches:
       gradients[i] = gradient if self.momentum is None else dataclasses.replace(gradient, accumulated=None)
     return structure.tree(gradients)
 
-  def take_step(
-    self, advance: Callable, wait: Callable, when: jax.Array, params: Any, state: MultiStepsState
-  ) -> tuple[Any, MultiStepsState]:
+  def take_step(self, advance: Callable, start: Any, when: jax.Array, state: MultiStepsState) -> tuple[Any, Any]:
     """The optimizer's step where `when`, bool[], and the emptying of the accumulator after it.
 
     Args:
-      advance: `(params, inner_state) -> (result, inner_state)`, the step.
-      wait: `(params, shapes) -> result`, what stands for the result otherwise, with the shapes of its arrays.
+      advance: `(result, inner_state) -> (result, inner_state)`, the step.
+      start: the result where there is none: what `advance` overwrites.
       when: whether this microbatch completes the step.
-      params: the parameters.
       state: of which counts and accumulator are those after the microbatch, if it does not complete the step.
     """
-    always = _program.runtime_zero(_program.hidden(state.mini_step)) == 0
+    stepped = _program.runtime_zero(_program.hidden(state.mini_step)) != 0  # False.
 
-    def emit(params, inner_state):
-      return *advance(params, inner_state), always
+    def emit(carried):
+      result, inner_state, stepped = carried
+      return *advance(result, inner_state), ~stepped
 
-    def keep(params, inner_state):
-      return wait(params, shapes[0]), inner_state, ~always
-
-    shapes = jax.eval_shape(advance, params, state.inner_opt_state)
-    result, inner_state, stepped = lax.cond(when, emit, keep, params, state.inner_opt_state)
-    # That `stepped` comes out of the conditional makes this wait for it, and so overwrite the accumulator in place.
-    # Emptied inside, beside the loops that read it, it would exist twice.
+    result, inner_state, stepped = _where(when, emit, (start, state.inner_opt_state, stepped))
+    # That `stepped` comes out of it makes this wait for the step, and so overwrite the accumulator in place. Emptied
+    # inside, beside the loops that read it, it would exist twice.
     acc_grads = jax.tree.map(lambda x: jnp.where(stepped, jnp.zeros_like(x), x), state.acc_grads)
     return result, state._replace(
       mini_step=jnp.where(stepped, 0, state.mini_step),
@@ -238,26 +245,25 @@ class Microbatches:
     """Deltas, all zero until the last microbatch of a step, and the state."""
     self.check(state, params)
 
-    def advance(gradients, params, inner_state):
+    def advance(gradients, inner_state):
       if not isinstance(self.tx, _low_precision.InPlaceTransformation):
         gradients = _gradient.dense(gradients, params)
       return self.tx.update(gradients, inner_state, params, **extra_args)
 
-    def no_change(params, deltas):
-      return jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=s.dtype), params, deltas)
-
-    return self._advance(updates, params, state, advance, no_change)
+    gradients, last, state = self._accumulated(updates, params, state)
+    deltas = jax.eval_shape(advance, gradients, state.inner_opt_state)[0]
+    no_change = jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=s.dtype), params, deltas)
+    return self.take_step(lambda _, inner_state: advance(gradients, inner_state), no_change, last, state)
 
   def step(self, gradients: Any, params: Any, state: MultiStepsState, **extra_args: Any) -> tuple[Any, Any]:
     """Parameters and state, in place."""
     self.check(state, params)
+    gradients, last, state = self._accumulated(gradients, params, state)
+    advance = functools.partial(_step.step, self.tx, gradients, **extra_args)
+    return self.take_step(advance, params, last, state)
 
-    def advance(gradients, params, inner_state):
-      return _step.step(self.tx, gradients, params, inner_state, **extra_args)
-
-    return self._advance(gradients, params, state, advance, lambda params, shapes: params)
-
-  def _advance(self, gradients, params, state, advance, wait):
+  def _accumulated(self, gradients, params, state):
+    """The gradients that the optimizer takes, whether it takes them now, bool[], and the state with what came."""
     structure, _ = _plan.flatten(params)
     gradients = _gradient.dense(gradients, params)
     recent: dict[int, Any] = {i: gradient.recent for i, gradient in _gradient.flatten(structure, gradients).items()}
@@ -272,12 +278,11 @@ class Microbatches:
     def accumulate(targets):
       return self.accumulate(structure, self.with_targets(structure, state, targets), recent)
 
-    # Two conditionals, and in both the branch that changes something comes first: else XLA copies what is changed.
-    targets = lax.cond(more, accumulate, lambda targets: targets, self.targets(structure, state))
+    targets = _where(more, accumulate, self.targets(structure, state))
     state = self.with_targets(structure, state, targets)
     gradients = self.summed(structure, state, recent)
     state = state._replace(mini_step=jnp.where(more, optax.safe_increment(state.mini_step), state.mini_step))
-    return self.take_step(functools.partial(advance, gradients), wait, last, params, state)
+    return gradients, last, state
 
 
 class MultiSteps(_low_precision.InPlaceTransformation):

@@ -72,6 +72,15 @@ def test_without_rate_or_gradient_no_parameter_moves(name, format):
   jax.tree.map(np.testing.assert_array_equal, new, params)
 
 
+@pytest.mark.parametrize('format', [lpmm.INT8, lpmm.INT16], ids=str)
+def test_without_gradient_blocks_near_the_least_scale_keep_their_bits(format):
+  magnitudes = 2.0 ** np.random.default_rng(0).uniform(-149, -90, (100, 128))
+  params = lpmm.quantize(jnp.asarray(magnitudes, jnp.float32), format)
+  for make in (lpmm.sgdm, lambda rate: lpmm.adamw(rate, weight_decay=0.0)):
+    new, _ = trained(make(0.1), params, lambda i: jnp.zeros(params.shape), 3)
+    jax.tree.map(np.testing.assert_array_equal, new, params)
+
+
 def test_a_field_that_starts_as_its_parameter_is_stored_as_that_is():
   for format in (lpmm.INT8, lpmm.INT16, lpmm.BFLOAT16):
     params = {'w': lpmm.quantize(normal(0, 64, 192), format)}
