@@ -15,6 +15,7 @@ import pytest
 from runs import slow
 
 import lpmm_optax as lpmm
+from lpmm_optax.kernel import _body
 from lpmm_optax.kernel import _driver
 from lpmm_optax.kernel import _triton
 
@@ -32,14 +33,14 @@ SHAPE = (64, 128)
 @pytest.fixture
 def interpreted(monkeypatch):
   """Switches to the kernel from where it is called on, and sees that it is traced; the loop runs before."""
-  monkeypatch.delenv('LPMM_GPU_KERNEL', raising=False)
+  monkeypatch.delenv('LPMM_KERNEL', raising=False)
   calls = []
   call = pl.pallas_call
   monkeypatch.setattr(pl, 'pallas_call', lambda *args, **kwargs: calls.append(1) or call(*args, **kwargs))
 
   def switch():
     jax.clear_caches()
-    monkeypatch.setenv('LPMM_GPU_KERNEL', 'interpret')
+    monkeypatch.setenv('LPMM_KERNEL', 'interpret')
 
   yield switch
   assert calls
@@ -226,17 +227,17 @@ def test_what_the_kernel_cannot_do_has_a_reason():
   assert reason((64, 16), lpmm.BFLOAT16) == 'the last axis, of 16, is no multiple of 32'
   assert reason((64, 2**14), lpmm.Format(block_size=2**14)) == 'blocks of more than 8192 elements'
   large = jax.eval_shape(lambda: start(shape=(2**16, 2**16)))['w']
-  assert _triton.why_not([large]) == _triton.TOO_LARGE
+  assert _triton.why_not([large]) == _body.TOO_LARGE
   assert _triton.why_not([large], (2**13, 2**16)) is None
 
 
 def test_the_switch_is_an_environment_variable(monkeypatch):
-  monkeypatch.delenv('LPMM_GPU_KERNEL', raising=False)
+  monkeypatch.delenv('LPMM_KERNEL', raising=False)
   assert _driver.chosen() is _driver.Driver.LOOP  # There is no GPU here.
-  monkeypatch.setenv('LPMM_GPU_KERNEL', '1')
+  monkeypatch.setenv('LPMM_KERNEL', '1')
   assert _driver.chosen() is _driver.Driver.KERNEL
-  monkeypatch.setenv('LPMM_GPU_KERNEL', 'yes')
-  with pytest.raises(ValueError, match="LPMM_GPU_KERNEL='yes' must be '0', '1' or 'interpret'"):
+  monkeypatch.setenv('LPMM_KERNEL', 'yes')
+  with pytest.raises(ValueError, match="LPMM_KERNEL='yes' must be '0', '1' or 'interpret'"):
     _driver.chosen()
 
 
@@ -262,7 +263,7 @@ def on_an_h100():
   ids=str,
 )
 def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, shape):
-  monkeypatch.setenv('LPMM_GPU_KERNEL', '1')
+  monkeypatch.setenv('LPMM_KERNEL', '1')
   tx, params = OPTIMIZERS[name](), start(format, shape)
   args = gradient(0, shape), params, tx.init(params)
   with on_an_h100():
@@ -275,7 +276,7 @@ def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, sha
 @pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated:DeprecationWarning')
 @pytest.mark.parametrize('is_sharded', [True, *slow(False)])
 def test_the_kernel_knows_along_which_manual_axes_arrays_vary(monkeypatch, is_sharded):
-  monkeypatch.setenv('LPMM_GPU_KERNEL', '1')
+  monkeypatch.setenv('LPMM_KERNEL', '1')
   tx, params = OPTIMIZERS['sgdm'](), start()
   args = gradient(0), params, tx.init(params)
   whole, rows = P(), P('x') if is_sharded else P()
