@@ -9,7 +9,10 @@ lane or row, which only a static slice can do: so a block's scales are laid out 
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence
+import dataclasses
+import itertools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -32,7 +35,7 @@ _TILE = 2**15
 _TILE_COLUMNS = 1024
 # Elements in a block, and lanes in one: half a dozen arrays of them, twice, are a few MiB.
 _BLOCK = 2**18
-_BLOCK_COLUMNS = 2**14
+_BLOCK_COLUMNS = 2**12
 # Above, what the compiler makes of a tile has too many instructions.
 _MOST_IN_TILE = 2**17
 _SPARE_BYTES = 2**24
@@ -46,10 +49,18 @@ class Plan(NamedTuple):
   Attributes:
     block: the shape of what is in fast memory at a time; the last one along an axis may reach beyond the array.
     tile: the shape of what is computed at a time; blocks are made of whole tiles.
+    turns: whether scales of blocks along the last axis come and go with their last two axes swapped: XLA stores an
+      array of less than 128 columns so that they are rows, and would copy it, padded, otherwise.
   """
 
   block: tuple[int, ...]
   tile: tuple[int, ...]
+  turns: bool
+
+  @property
+  def counts(self) -> tuple[int, ...]:
+    """Tiles of a block, per axis."""
+    return tuple(b // t for b, t in zip(self.block, self.tile, strict=True))
 
 
 def why_not(leaves: Sequence[Any], shape: tuple[int, ...] | None = None) -> str | None:
@@ -106,19 +117,18 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
   unit_of = lambda axis: math.lcm(*(size for a, size in blocks if a == axis))
   row_unit, column_unit = unit_of(len(shape) - 2), unit_of(len(shape) - 1)
 
-  # A tile has whole vectors of elements; a block, unless it is as long as the array, has whole vectors of scales too.
-  step, aligned = math.lcm(_ROWS, row_unit), math.lcm(_ROWS, _SUBLANES * row_unit if row_unit > 1 else 1)
-  if rows <= aligned:
-    block_rows, tile_rows = rows, step if rows % step == 0 else rows
-  else:
-    block_rows, tile_rows = aligned, step
+  turns = column_unit > 1 and rows >= _LANES
 
-  step, aligned = math.lcm(_LANES, column_unit), _LANES * column_unit
+  # A tile has whole vectors of elements; a block, unless it is as long as the array, has whole vectors of scales too.
+  step = math.lcm(_ROWS, row_unit)
+  aligned = math.lcm(step, _LANES if turns else 1, _SUBLANES * row_unit if row_unit > 1 else 1)
+  block_rows = min(rows, aligned)
+  tile_rows = step if block_rows % step == 0 else rows
+
+  step = math.lcm(_LANES, column_unit)
   most = max(min(_TILE_COLUMNS, _TILE // _round_up(tile_rows, _SUBLANES)), step)
-  if columns <= (_BLOCK_COLUMNS if column_unit > 1 else most):
-    block_columns = columns
-  else:
-    block_columns = _round_up(most if column_unit == 1 else 1, aligned)
+  aligned = math.lcm(most, (_SUBLANES if turns else _LANES) * column_unit if column_unit > 1 else 1)
+  block_columns = min(columns, max(_BLOCK_COLUMNS // aligned, 1) * aligned)
   tile_columns = _largest_part(block_columns, step, most)
 
   # Several times as many rows, as evenly as may be, or several of the matrices.
@@ -126,11 +136,79 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
   if count > 1:
     block_rows *= -(-count // -(-count // most))
   block, tile = [1] * len(leading), [1] * len(leading)
-  if leading and count == 1:
+  if leading and count == 1 and not turns:
     fitting = max(_TILE // _padded_size((tile_rows, tile_columns)), 1)
     tile[-1] = 1 << (min(fitting, leading[-1]).bit_length() - 1)
     block[-1] = tile[-1] * max(min(most, leading[-1]) // tile[-1], 1)
-  return Plan((*block, block_rows, block_columns), (*tile, tile_rows, tile_columns))
+  return Plan((*block, block_rows, block_columns), (*tile, tile_rows, tile_columns), turns and block_rows >= _LANES)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operand:
+  """One array of a kernel, or one with an element per block of others: scales.
+
+  Attributes:
+    block: the shape of what is in fast memory at a time.
+    tile: the shape of what is computed at a time.
+    axis: along which there is an element per block; -1 for other arrays.
+    is_turned: whether its last two axes are swapped.
+  """
+
+  block: tuple[int, ...]
+  tile: tuple[int, ...]
+  axis: int
+  is_turned: bool
+
+  def turn(self, x: Any) -> Any:
+    """An array, or the sequence of what belongs to each axis of one, with the last two axes swapped if they are."""
+    if isinstance(x, tuple):
+      return (*x[:-2], x[-1], x[-2]) if self.is_turned else x
+    return jnp.swapaxes(x, -1, -2) if self.is_turned else x
+
+  @property
+  def is_laid_out(self) -> bool:
+    """Whether scales must be laid out by tile: an index that is not static cannot cut vectors."""
+    return self.axis >= 0 and (self.is_turned or self.tile[self.axis] < self.block[self.axis])
+
+  @property
+  def layout(self) -> tuple[int, ...]:
+    """The shape of a block by tile: tiles along the axis come first."""
+    return (self._count, *self._with_axis(self.block, self.tile[self.axis]))
+
+  def lay_out(self, ref: Any, by_tile: Any) -> None:
+    """Stores a block by tile."""
+    for number, index in self._parts():
+      by_tile[number] = self._turn_words(ref[index])
+
+  def gather(self, by_tile: Any, ref: Any) -> None:
+    """The reverse."""
+    for number, index in self._parts():
+      ref[index] = self._turn_words(by_tile[number])
+
+  def index(self, pl: Any, numbers: Sequence[jax.Array]) -> tuple[Any, ...]:
+    """The index of a tile, whose number along each axis is given, in its block, or in that by tile; `pl` is Pallas."""
+    within = tuple(
+      slice(None) if n == b else pl.ds(pl.multiple_of(number * n, n), n)
+      for number, n, b in zip(numbers, self.tile, self.block, strict=True)
+    )
+    return (numbers[self.axis], *self._with_axis(within, slice(None))) if self.is_laid_out else within
+
+  @property
+  def _count(self) -> int:
+    return self.block[self.axis] // self.tile[self.axis]
+
+  def _with_axis(self, of_axes: tuple[Any, ...], own: Any) -> tuple[Any, ...]:
+    return tuple(own if d == self.axis else x for d, x in enumerate(of_axes))
+
+  def _parts(self) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """The number of each tile along the axis, and its index in a block as it comes."""
+    n, every = self.tile[self.axis], (slice(None),) * len(self.block)
+    for number in range(self._count):
+      yield number, self.turn(self._with_axis(every, slice(number * n, (number + 1) * n)))
+
+  def _turn_words(self, x: jax.Array) -> jax.Array:
+    """`turn` of a part of a block: only vectors of 32-bit words can be turned."""
+    return self.turn(x.astype(jnp.uint32)).astype(x.dtype) if self.is_turned else x
 
 
 def update_in_place(
@@ -164,80 +242,68 @@ def update_in_place(
 
   plan = choose_plan(shape, blocks)
   body = _body.trace(stages, _view.lanes(plan.tile, blocks), shape, values, origin, reads, writes)
-  part_of = lambda part, x: tuple(p * m // n for p, n, m in zip(part, shape, x.shape, strict=True))
-  block_of = {value: part_of(plan.block, x) for value, x in body.arrays.items()}
-  tile_of = {value: part_of(plan.tile, x) for value, x in body.arrays.items()}
-  counts = [b // t for b, t in zip(plan.block, plan.tile, strict=True)]
-  used = [*body.read, *(value for value in body.written if value not in body.read)]
-  by_tile = {value: axis for value in used if (axis := _scale_axis(body.arrays[value], shape)) and counts[axis] > 1}
-  rules = {} if interpret else _rules()
+  used = dict.fromkeys([*body.read, *body.written])
+  operands = {value: _operand(body.arrays[value], shape, plan) for value in used}
+  laid_out = [value for value in used if operands[value].is_laid_out]
+  rules = {} if interpret else _RULES
 
   def kernel(words, *refs):
     begins = [pl.program_id(axis) * jnp.int32(n) for axis, n in enumerate(plan.block)]
-    read = dict(zip(body.read, refs, strict=False))
-    written = dict(zip(body.written, refs[len(read) :], strict=False))
-    laid_out = dict(zip(by_tile, refs[len(read) + len(written) :], strict=True))
-
-    def part(value, number):
-      """The index of a tile's scales in a block."""
-      axis, n = by_tile[value], tile_of[value][by_tile[value]]
-      return tuple(pl.ds(number * n, n) if d == axis else slice(None) for d in range(len(shape)))
-
-    def index(value, numbers):
-      """The index of a tile, whose number along each axis is given, in what holds it."""
-      axis = by_tile.get(value)
-      own = [
-        slice(None) if d == axis or count == 1 else pl.ds(pl.multiple_of(number * n, n), n)
-        for d, (number, n, count) in enumerate(zip(numbers, tile_of[value], counts, strict=True))
-      ]
-      return tuple(own) if axis is None else (numbers[axis], *own)
+    named = zip([*body.read, *body.written, *laid_out], refs, strict=True)
+    read, written, by_tile = (dict(itertools.islice(named, len(x))) for x in (body.read, body.written, laid_out))
 
     def one(*numbers):
       offsets = [
         (begin + number * jnp.int32(n)).astype(jnp.uint32)
         for begin, number, n in zip(begins, numbers, plan.tile, strict=True)
       ]
-      tile = lambda value: laid_out.get(value, read[value])[index(value, numbers)]
-      for value, new in body.evaluate(words, offsets, tile, rules).items():
-        laid_out.get(value, written[value])[index(value, numbers)] = jnp.broadcast_to(new, tile_of[value])
+      index = {value: operand.index(pl, numbers) for value, operand in operands.items()}
+      new = body.evaluate(words, offsets, lambda value: (read | by_tile)[value][index[value]], rules)
+      for value, tile in new.items():
+        (written | by_tile)[value][index[value]] = jnp.broadcast_to(tile, operands[value].tile)
 
-    for value, ref in laid_out.items():
-      for number in range(counts[by_tile[value]] if value in read else 0):
-        ref[number] = read[value][part(value, number)]
+    for value in laid_out:
+      if value in read:
+        operands[value].lay_out(read[value], by_tile[value])
     _for_each(_counts_inside(shape, plan, begins), one)
-    for value, ref in laid_out.items():
-      for number in range(counts[by_tile[value]] if value in written else 0):
-        written[value][part(value, number)] = ref[number]
+    for value in laid_out:
+      if value in written:
+        operands[value].gather(by_tile[value], written[value])
 
-  def layout(value):
-    axis = by_tile[value]
-    n = tile_of[value][axis]
-    return (counts[axis], *(n if d == axis else b for d, b in enumerate(block_of[value])))
+  def spec(value):
+    turn = operands[value].turn
+    return pl.BlockSpec(turn(operands[value].block), lambda *steps: turn(steps))
 
-  size = lambda value: _padded_size(block_of[value]) * body.arrays[value].dtype.itemsize
+  def result(value):
+    x = _body.as_result(body.arrays[value])
+    return x.update(shape=operands[value].turn(x.shape))
+
+  size = lambda value: _padded_size(operands[value].block) * body.arrays[value].dtype.itemsize
   params = plt.CompilerParams(
     dimension_semantics=(plt.PARALLEL,) * len(shape),
     vmem_limit_bytes=2 * sum(map(size, [*body.read, *body.written])) + _SPARE_BYTES,
   )
-  spec = lambda value: pl.BlockSpec(block_of[value], lambda *steps: steps)
   new = pl.pallas_call(
     kernel,
     grid=tuple(-(-n // b) for n, b in zip(shape, plan.block, strict=True)),
     in_specs=[pl.BlockSpec(memory_space=plt.SMEM), *map(spec, body.read)],
     out_specs=list(map(spec, body.written)),
-    out_shape=[_body.as_result(body.arrays[value]) for value in body.written],
-    scratch_shapes=[plt.VMEM(layout(value), body.arrays[value].dtype) for value in by_tile],
+    out_shape=list(map(result, body.written)),
+    scratch_shapes=[plt.VMEM(operands[value].layout, body.arrays[value].dtype) for value in laid_out],
     input_output_aliases={1 + body.read.index(value): i for i, value in enumerate(body.written) if value in body.read},
     interpret=interpret,
     compiler_params=None if interpret else params,
     name='lpmm_update',
-  )(body.words, *(body.arrays[value] for value in body.read))
+  )(body.words, *(operands[value].turn(body.arrays[value]) for value in body.read))
+  new = [operands[value].turn(x) for value, x in zip(body.written, new, strict=True)]
   return jax.tree.unflatten(jax.tree.structure(writes), new)
 
 
-def _scale_axis(x: jax.Array, shape: tuple[int, ...]) -> int | None:
-  """Along which axis an array has one element per block of an array of `shape`; None if they are equally long."""
-  return next((axis for axis, (n, m) in enumerate(zip(shape, x.shape, strict=True)) if n != m), None)
+def _operand(x: jax.Array, shape: tuple[int, ...], plan: Plan) -> _Operand:
+  """How an array is cut that is as long as one of `shape`, or has one element per block of it along some axis."""
+  block, tile = (tuple(p * m // n for p, n, m in zip(part, shape, x.shape, strict=True)) for part in plan[:2])
+  axis = next((axis for axis, (n, m) in enumerate(zip(shape, x.shape, strict=True)) if n != m), -1)
+  return _Operand(block, tile, axis, plan.turns and axis == len(shape) - 1)
 
 
 def _counts_inside(shape: tuple[int, ...], plan: Plan, begins: Sequence[jax.Array]) -> list[Any]:
@@ -248,7 +314,7 @@ def _counts_inside(shape: tuple[int, ...], plan: Plan, begins: Sequence[jax.Arra
       return block // tile
     return jnp.minimum(jnp.int32(n + tile - 1) - begin, jnp.int32(block)) // jnp.int32(tile)
 
-  return [count(*args) for args in zip(shape, *plan, begins, strict=True)]
+  return [count(*args) for args in zip(shape, plan.block, plan.tile, begins, strict=True)]
 
 
 def _for_each(counts: Sequence[Any], body: Callable, *numbers: Any) -> None:
@@ -263,6 +329,11 @@ def _for_each(counts: Sequence[Any], body: Callable, *numbers: Any) -> None:
     lax.fori_loop(0, first, lambda i, _: _for_each(others, body, *numbers, i), None)
 
 
-def _rules() -> dict[str, Callable]:
-  """What Mosaic, the compiler of Pallas for TPUs, does not know."""
-  return {}
+def _sign(x: jax.Array) -> jax.Array:
+  """As `lax.sign`, for which JAX asks what TPU there is, though it may compile ahead of time."""
+  one = jnp.ones((), x.dtype)
+  return jnp.where(x > 0, one, jnp.where(x < 0, -one, x))
+
+
+# By name, what stands in for an operation that Mosaic, the compiler of Pallas for TPUs, does not know everywhere.
+_RULES = {'sign': _sign}
