@@ -312,7 +312,7 @@ def _counts_inside(shape: tuple[int, ...], plan: Plan, begins: Sequence[jax.Arra
   def count(n, block, tile, begin):
     if n % block == 0:
       return block // tile
-    return jnp.minimum(jnp.int32(n + tile - 1) - begin, jnp.int32(block)) // jnp.int32(tile)
+    return lax.div(jnp.minimum(jnp.int32(n + tile - 1) - begin, jnp.int32(block)), jnp.int32(tile))
 
   return [count(*args) for args in zip(shape, plan.block, plan.tile, begins, strict=True)]
 

@@ -154,8 +154,7 @@ class Lanes(View):
       index = jnp.full(lane.shape, first)
       for block in others:
         index = index + (lane >= block * size - start).astype(jnp.int32)
-      spread = jnp.take_along_axis(per_block, index, axis, mode='promise_in_bounds')
-      pieces.append(lax.slice_in_dim(spread, 0, stop - start, axis=axis))
+      pieces.append(lax.slice_in_dim(self._take_lanes(per_block, index), 0, stop - start, axis=axis))
     return jnp.concatenate(pieces, axis=axis)
 
   def absmax(self, x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -175,6 +174,19 @@ class Lanes(View):
         largest = jnp.max(inside, axis=axis, keepdims=True)
         out = jnp.where(number == block, jnp.maximum(out, largest) if begin < 0 else largest, out)
     return out
+
+  def _take_lanes(self, x: jax.Array, index: jax.Array) -> jax.Array:
+    """`jnp.take_along_axis` of the last axis, in the one form that Pallas knows for TPUs, whatever the other axes are."""
+    others = tuple(range(self._last))
+    numbers = lax.GatherDimensionNumbers(
+      offset_dims=(),
+      collapsed_slice_dims=(self._last,),
+      start_index_map=(self._last,),
+      operand_batching_dims=others,
+      start_indices_batching_dims=others,
+    )
+    ones = (1,) * len(self.shape)
+    return lax.gather(x, index[..., None], numbers, ones, mode='promise_in_bounds')
 
   @property
   def _last(self) -> int:
