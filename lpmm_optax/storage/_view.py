@@ -176,7 +176,7 @@ class Lanes(View):
     return out
 
   def _take_lanes(self, x: jax.Array, index: jax.Array) -> jax.Array:
-    """`jnp.take_along_axis` of the last axis, in the one form that Pallas knows for TPUs, whatever the other axes are."""
+    """`jnp.take_along_axis` of the last axis, in the one form of it that Pallas knows for TPUs."""
     others = tuple(range(self._last))
     numbers = lax.GatherDimensionNumbers(
       offset_dims=(),
