@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 from jax import lax
-import jax.numpy as jnp
 
 from lpmm_optax.kernel import _body
 from lpmm_optax.kernel import _partition
@@ -113,7 +112,8 @@ def update_in_place(
       return run_kernel(kernel, shape, origin, values, zero, reads, writes)
     tile_size = math.prod(tilings[0].tile_shape) * math.prod(shape) // math.prod(tilings[0].shape)
     local = _tiles.choose_tilings(shape, blocks, max(tile_size, 1))
-    moved = lambda view, values: _moved(stages(view, values), origin)
+    move = lambda coordinates: [x + at for x, at in zip(coordinates, origin, strict=True)]
+    moved = lambda view, values: stages(view, values).moved(move)
     return _tiles.update_in_place(moved, local, blocks, values, zero, reads, writes, fused=False)
 
   mesh = jax.sharding.get_abstract_mesh()
@@ -126,7 +126,7 @@ def update_in_place(
   def run(kernel):
     """The update with a kernel, or None if the loop alone can do it."""
     reason = kernel.driver.why_not(leaves)
-    whole = loop if reason else lambda *args: run_kernel(kernel, shape, [jnp.uint32(0)] * len(shape), *args)
+    whole = loop if reason else lambda *args: run_kernel(kernel, shape, None, *args)
     if not is_split:
       return None if reason else whole
     if reason not in (None, _body.TOO_LARGE):
@@ -136,12 +136,3 @@ def update_in_place(
   by_platform = {kernel.platform: run(kernel) for kernel in kernels}
   found = {platform: update for platform, update in by_platform.items() if update is not None}
   return lax.platform_dependent(*args, default=loop, **found) if found else loop(*args)
-
-
-def _moved(stages: _tiles.Stages, origin: Sequence[jax.Array]) -> _tiles.Stages:
-  """The stages of an array that begins elsewhere."""
-
-  def move(stage):
-    return lambda coordinates, *args: stage([x + at for x, at in zip(coordinates, origin, strict=True)], *args)
-
-  return stages._replace(first=move(stages.first), second=move(stages.second))

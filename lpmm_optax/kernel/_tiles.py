@@ -174,6 +174,11 @@ class Stages(NamedTuple):
   second: Callable
   last: Callable
 
+  def moved(self, move: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]) -> 'Stages':
+    """The stages where the elements at some coordinates have the coordinates `move` makes of them."""
+    at = lambda stage: lambda coordinates, *args: stage(move(coordinates), *args)
+    return self._replace(first=at(self.first), second=at(self.second))
+
 
 # Of a view of a tile, and of small arrays that all tiles share; it closes over no arrays.
 MakeStages = Callable[[_view.View, Any], Stages]

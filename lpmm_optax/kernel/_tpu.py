@@ -219,7 +219,7 @@ def update_in_place(
   values: Any,
   reads: Any,
   writes: Any,
-  origin: Sequence[jax.Array],
+  origin: Sequence[jax.Array] | None,
 ) -> Any:
   """Runs a staged update over all tiles of a leaf, as `_tiles.update_in_place` does.
 
@@ -231,7 +231,7 @@ def update_in_place(
     values: small arrays that all tiles share.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
-    origin: per axis, uint32[], the coordinate of the leaf's first element.
+    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
 
   Returns:
     The new `writes`.
@@ -241,6 +241,7 @@ def update_in_place(
   from jax.experimental.pallas import tpu as plt
 
   plan = choose_plan(shape, blocks)
+  origin = [jnp.uint32(0)] * len(shape) if origin is None else origin
   body = _body.trace(stages, _view.lanes(plan.tile, blocks), shape, values, origin, reads, writes)
   used = dict.fromkeys([*body.read, *body.written])
   operands = {value: _operand(body.arrays[value], shape, plan) for value in used}

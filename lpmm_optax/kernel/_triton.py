@@ -3,12 +3,14 @@
 XLA on GPU does not fuse a block's maximum with what uses it, so there the loop takes a dozen kernels per tile and moves
 dense float32 values through memory between them. One kernel moves each array once.
 
-Triton's arrays have powers of two as sizes. An array is cut into a lot of equal tiles, and a second lot of lower ones
-where the rows are no multiple of a tile's (a vocabulary of 50257); `why_not` tells which arrays cannot be cut so.
+Blocks along the last axis are consecutive elements, so a leaf of whatever shape is a row of tiles, and leaves that
+differ in their shapes alone share one kernel, which is compiled once. Triton's arrays have powers of two as sizes: what
+the tiles leave of an array is a second lot of smaller ones. `why_not` tells which arrays cannot be cut so.
 """
 
 from collections.abc import Callable
 from collections.abc import Sequence
+import functools
 import math
 from typing import Any
 from typing import NamedTuple
@@ -26,8 +28,6 @@ from lpmm_optax.storage import _view
 ELEMENTS = 1024
 WARPS = 2
 
-# Elements of a row in a tile, for a warp to read whole sectors of 32 bytes of codes.
-_LEAST_COLUMNS = 32
 # Registers hold a tile, and a tile holds whole blocks.
 _MOST_ELEMENTS = 8192
 _DTYPES = frozenset({'int8', 'uint8', 'int16', 'uint16', 'float32', 'bfloat16', 'float16'})
@@ -45,15 +45,14 @@ def why_not(leaves: Sequence[Any], shape: tuple[int, ...] | None = None) -> str 
   unknown = _body.unknown_dtype(leaves, _DTYPES)
   if unknown:
     return unknown
+  if any(axis != len(shape) - 1 for axis, _ in blocks):
+    return 'blocks along another axis than the last'
   odd = [size for _, size in blocks if not _is_power_of_two(size)]
   if odd:
     return f'blocks of {odd[0]}, no power of two'
-  columns = _power_of_two_in(shape[-1])
-  if columns < _LEAST_COLUMNS:
-    return f'the last axis, of {shape[-1]}, is no multiple of {_LEAST_COLUMNS}'
-  if any(n % unit for n, unit in zip(shape, _units(shape, blocks), strict=True)):
+  if any(shape[-1] % size for _, size in blocks):
     return 'a shard cuts blocks'
-  if math.prod(_units(shape, blocks)) > _MOST_ELEMENTS:
+  if _unit(blocks) > _MOST_ELEMENTS:
     return f'blocks of more than {_MOST_ELEMENTS} elements'
   return _body.TOO_LARGE if _body.is_too_large(shape) else None
 
@@ -62,65 +61,31 @@ def _is_power_of_two(n: int) -> bool:
   return n & (n - 1) == 0
 
 
-def _power_of_two_in(n: int) -> int:
-  """The largest power of two that divides n."""
-  return n & -n
-
-
-def _power_of_two_below(n: int) -> int:
-  """The largest power of two that is not above n."""
-  return 1 << (n.bit_length() - 1)
-
-
-def _units(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> list[int]:
-  """Per axis, the elements that blocks keep together."""
-  return [max([size for a, size in blocks if a == axis], default=1) for axis in range(len(shape))]
+def _unit(blocks: Sequence[tuple[int, int]]) -> int:
+  """The elements that blocks keep together."""
+  return max([size for _, size in blocks], default=1)
 
 
 class Lot(NamedTuple):
-  """A grid of equal tiles.
+  """A row of equal tiles.
 
   Attributes:
-    tile: its shape, of powers of two.
-    grid: tiles per axis.
-    first: per axis, how many tiles of that shape lie before the grid.
+    tile: elements in each, a power of two.
+    first: how many tiles of that size lie before the lot.
+    tiles: how many it has.
   """
 
-  tile: tuple[int, ...]
-  grid: tuple[int, ...]
-  first: tuple[int, ...]
+  tile: int
+  first: int
+  tiles: int
 
 
-def choose_lots(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]], elements: int) -> list[Lot]:
-  """Cuts an array into tiles of about as many elements; no tile cuts a block.
-
-  Args:
-    shape: of the array.
-    blocks: (axis, block size) of everything stored in its shape.
-    elements: per tile, a power of two.
-
-  Returns:
-    One lot, or one more for the rows that are left.
-  """
-  units = _units(shape, blocks)
-  tile, left = list(units), max(elements // math.prod(units), 1)
-  rows = len(shape) - 2
-  for axis in reversed(range(len(shape))):
-    count = shape[axis] // units[axis]
-    most = _power_of_two_below(count) if axis == rows else _power_of_two_in(count)
-    times = min(most, left)
-    tile[axis] *= times
-    left //= times
-  grid = [n // t for n, t in zip(shape, tile, strict=True)]
-  out = [Lot(tuple(tile), tuple(grid), (0,) * len(shape))]
-  rest = shape[rows] % tile[rows] if rows >= 0 else 0
-  if rest:
-    unit = units[rows]
-    at_rows = lambda values, value: tuple(value if d == rows else v for d, v in enumerate(values))
-    out.append(
-      Lot(at_rows(tile, unit), at_rows(grid, rest // unit), at_rows(out[0].first, (shape[rows] - rest) // unit))
-    )
-  return out
+def choose_lots(size: int, tile: int) -> list[Lot]:
+  """Cuts an array of `size` elements into tiles of so many, a power of two; what is left, into smaller ones."""
+  count, rest = divmod(size, tile)
+  small = rest & -rest  # The largest power of two that divides it, and so a multiple of each block's size.
+  lots = [Lot(tile, 0, count)] if count else []
+  return [*lots, Lot(small, (size - rest) // small, rest // small)] if rest else lots
 
 
 def update_in_place(
@@ -131,7 +96,7 @@ def update_in_place(
   values: Any,
   reads: Any,
   writes: Any,
-  origin: Sequence[jax.Array],
+  origin: Sequence[jax.Array] | None,
 ) -> Any:
   """Runs a staged update over all tiles of a leaf, as `_tiles.update_in_place` does.
 
@@ -143,20 +108,39 @@ def update_in_place(
     values: small arrays that all tiles share.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
-    origin: per axis, uint32[], the coordinate of the leaf's first element.
+    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
 
   Returns:
     The new `writes`.
   """
-  lots = choose_lots(shape, blocks, ELEMENTS)
+  size = math.prod(shape)
+  whole = writes
+  reads, writes = jax.tree.map(lambda x: x.reshape(-1), (reads, writes))
+
+  def move(origin, coordinates):
+    if origin is None:
+      return coordinates
+    (number,) = coordinates
+    own: list[jax.Array] = []
+    for n, start in zip(reversed(shape), reversed(origin), strict=True):
+      own.insert(0, number % jnp.uint32(n) + start)
+      number = number // jnp.uint32(n)
+    return own
+
+  def of_run(view, shared):
+    values, origin = shared
+    return stages(view, values).moved(functools.partial(move, origin))
+
+  lots = choose_lots(size, max(ELEMENTS, _unit(blocks)))
   for lot in lots:
-    body = _body.trace(stages, _view.cells(lot.tile, blocks), shape, values, origin, reads, writes)
-    new = _update_lot(body, shape, lot, len(lots) == 1, interpret)
+    view = _view.run(lot.tile, [size for _, size in blocks])
+    body = _body.trace(of_run, view, (size,), (values, origin), [jnp.uint32(0)], reads, writes)
+    new = _update_lot(body, size, lot, len(lots) == 1, interpret)
     writes = jax.tree.unflatten(jax.tree.structure(writes), new)
-  return writes
+  return jax.tree.map(lambda x, new: new.reshape(x.shape), whole, writes)
 
 
-def _update_lot(body: _body.Body, shape: tuple[int, ...], lot: Lot, is_only: bool, interpret: bool) -> list[jax.Array]:
+def _update_lot(body: _body.Body, size: int, lot: Lot, is_only: bool, interpret: bool) -> list[jax.Array]:
   # Imported where they are needed, for they take a while, and JAX means to drop Triton.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import triton as plt
@@ -167,20 +151,19 @@ def _update_lot(body: _body.Body, shape: tuple[int, ...], lot: Lot, is_only: boo
 
   def kernel(words, *refs):
     ref_of = dict(zip(passed, refs[: len(passed)], strict=True))
-    steps = [pl.program_id(axis).astype(jnp.uint32) + jnp.uint32(first) for axis, first in enumerate(lot.first)]
-    offsets = [step * jnp.uint32(n) for step, n in zip(steps, lot.tile, strict=True)]
-    new = body.evaluate(words, offsets, lambda value: ref_of[value][...], rules)
+    number = pl.program_id(0).astype(jnp.uint32) + jnp.uint32(lot.first)
+    new = body.evaluate(words, [number * jnp.uint32(lot.tile)], lambda value: ref_of[value][...], rules)
     for ref, tile in zip(refs[len(passed) :], new.values(), strict=True):
       ref[...] = jnp.broadcast_to(tile, ref.shape)
 
-  tile_of = lambda x: tuple(t * m // n for t, n, m in zip(lot.tile, shape, x.shape, strict=True))
-  index = lambda *steps: tuple(step + first for step, first in zip(steps, lot.first, strict=True))
-  tile_spec = lambda value: pl.BlockSpec(tile_of(body.arrays[value]), index)
+  def spec(value):
+    return pl.BlockSpec((lot.tile * body.arrays[value].size // size,), lambda step: (step + lot.first,))
+
   return pl.pallas_call(
     kernel,
-    grid=lot.grid,
-    in_specs=[pl.BlockSpec(body.words.shape, lambda *steps: (0,)), *map(tile_spec, passed)],
-    out_specs=list(map(tile_spec, body.written)),
+    grid=(lot.tiles,),
+    in_specs=[pl.BlockSpec(body.words.shape, lambda step: (0,)), *map(spec, passed)],
+    out_specs=list(map(spec, body.written)),
     out_shape=[_body.as_result(body.arrays[value]) for value in body.written],
     input_output_aliases={1 + passed.index(value): i for i, value in enumerate(body.written) if value in passed},
     interpret=interpret,

@@ -206,7 +206,7 @@ def random_bits(
     word: uint32[2], the leaf's random word.
     view: of the tile.
     shape: of the whole array that elements are numbered in, of which the leaf may be a slice.
-    coordinates: per axis of the leaf, the tile's coordinates: uint32, in any shape.
+    coordinates: per axis of the leaf, the tile's coordinates: uint32, in any shape; or of the flattened leaf.
     start: per leading axis that the leaf lacks, its index there.
 
   Returns:
@@ -217,7 +217,9 @@ def random_bits(
     return None
   own = [view.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
   leading = [jnp.asarray(x, jnp.uint32).reshape((1,) * own[0].ndim) for x in start]
-  return _random.random_bits(word, _random.element_index(shape, [*leading, *own]))
+  own_shape = leaf.shape if len(own) == leaf.ndim else (leaf.size,)
+  index = _random.element_index((*shape[: len(leading)], *own_shape), [*leading, *own])
+  return _random.random_bits(word, index)
 
 
 def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:

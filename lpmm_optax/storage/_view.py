@@ -126,6 +126,22 @@ def cells(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Cells:
 
 
 @dataclasses.dataclass(frozen=True)
+class Run(Cells):
+  """Cell view of a run of consecutive elements of an array of any rank, whose coordinates all vary along it."""
+
+  def split_coordinate(self, coordinate: jax.Array, axis: int) -> jax.Array:
+    if coordinate.size == 1:
+      return coordinate.reshape((1,) * len(self._view_shape(self.shape, self.sizes)))
+    return super().split_coordinate(coordinate, 0)
+
+
+def run(size: int, block_sizes: Sequence[int]) -> Run:
+  """The cell view of `size` consecutive elements, for arrays blocked along the last axis."""
+  of_axis = cells((size,), [(0, block_size) for block_size in block_sizes])
+  return Run(of_axis.shape, of_axis.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
 class Lanes(View):
   """*Lane view*: tiles as they are, in vectors of 8 rows and 128 lanes, as a TPU has them.
 
