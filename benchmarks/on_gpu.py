@@ -110,7 +110,7 @@ class Run:
 
   def compile(self, fn: Callable, args: Any, device: Any, driver: str, donate: tuple[int, ...] = ()) -> Any:
     """A future of (the compiled program, seconds), from arrays or their shapes; driver is 'kernel' or 'loop'."""
-    os.environ['LPMM_GPU_KERNEL'] = {'loop': '0', 'kernel': 'interpret' if self.small else '1'}[driver]
+    os.environ['LPMM_KERNEL'] = {'loop': '0', 'kernel': 'interpret' if self.small else '1'}[driver]
     sharding = jax.sharding.SingleDeviceSharding(device)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     # A function of its own, for what JAX has traced of another says nothing of this driver.

@@ -14,6 +14,7 @@ import optax
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _view
 from lpmm_optax.trace import _plan
 
 
@@ -56,12 +57,12 @@ class Gradient:
     """The arrays, for a tile loop to read."""
     return None if self.accumulated is None else _array.stored(self.accumulated), self.recent
 
-  def tile(self, reads: tuple[Any, Any], cells: _codec.Cells, dtype: Any) -> jax.Array:
-    """The sum in cell view, of one tile of what `stored` gave; a scalar zero if there is nothing."""
+  def tile(self, reads: tuple[Any, Any], view: _view.View, dtype: Any) -> jax.Array:
+    """The sum in view, of one tile of what `stored` gave; a scalar zero if there is nothing."""
     accumulated, recent = reads
     if accumulated is not None:
-      accumulated = _array.codec_of(self.accumulated, cells.shape, cells).decode(accumulated)
-    return self.combine(accumulated, None if recent is None else cells.split(recent), dtype)
+      accumulated = _array.codec_of(self.accumulated, view).decode(accumulated)
+    return self.combine(accumulated, None if recent is None else view.split(recent), dtype)
 
   def template(self, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Of the dense gradient: `like`, and the manual axes along which it varies."""

@@ -1,6 +1,7 @@
 """The tile loop: updates large arrays in place, so that dense values exist for one tile at a time."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _view
 
 
 def check_size(tile_size: int | None) -> None:
@@ -162,7 +164,7 @@ class Stages(NamedTuple):
   """An update of one tile, in three functions of tiles.
 
   Attributes:
-    first: `(coordinates, reads, writes) -> carried`.
+    first: `(coordinates, reads, writes) -> carried`; coordinates: per axis of the tile, uint32 in any shape.
     second: `(coordinates, carried, writes) -> result`.
     last: `(carried, result, reads) -> new writes`, cheap, for it is fused into each write; its tiles may have any shape
       that lists the elements in order.
@@ -172,10 +174,20 @@ class Stages(NamedTuple):
   second: Callable
   last: Callable
 
+  def moved(self, move: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]) -> 'Stages':
+    """The stages where the elements at some coordinates have the coordinates `move` makes of them."""
+    at = lambda stage: lambda coordinates, *args: stage(move(coordinates), *args)
+    return self._replace(first=at(self.first), second=at(self.second))
+
+
+# Of a view of a tile, and of small arrays that all tiles share; it closes over no arrays.
+MakeStages = Callable[[_view.View, Any], Stages]
+
 
 def update_in_place(
-  stages: Callable[[tuple[int, ...], Any], Stages],
+  stages: MakeStages,
   tilings: list[Tiling],
+  blocks: Sequence[tuple[int, int]],
   values: Any,
   zero: jax.Array,
   reads: Any,
@@ -185,8 +197,9 @@ def update_in_place(
   """Runs a staged update over all tiles of a leaf.
 
   Args:
-    stages: of the update, for tiles of a shape and for `values`.
+    stages: of the update.
     tilings: of the leaf.
+    blocks: (axis, block size) of everything stored in its shape.
     values: small arrays that all tiles share.
     zero: uint32[], zero at run time.
     reads: arrays that are only read.
@@ -198,7 +211,7 @@ def update_in_place(
   """
   writes = _mesh.vary(writes, _mesh.varying_axes(reads, writes))
   for tiling in tilings:
-    writes = _update_lot(stages(tiling.tile_shape, values), tiling, zero, reads, writes, fused)
+    writes = _update_lot(stages(_view.cells(tiling.tile_shape, blocks), values), tiling, zero, reads, writes, fused)
   return writes
 
 

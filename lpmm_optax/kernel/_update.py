@@ -18,6 +18,7 @@ from lpmm_optax.storage import _array
 from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
+from lpmm_optax.storage import _view
 from lpmm_optax.trace import _program
 
 _LARGEST_SQUARED = 2.0**63
@@ -44,7 +45,7 @@ class LeafUpdate:
     shape: of the array that elements are numbered in, of which the target may be a slice along leading axes.
     tile_size: in elements.
     shard_axes: manual axes over which the leaf is sharded, besides those along which its arrays are known to vary.
-    driver: what may run it.
+    kernels: what may run it, besides the loop.
   """
 
   program: _program.Program | None
@@ -55,7 +56,7 @@ class LeafUpdate:
   correct: Correction | None = None
   in_place: bool = True
   is_difference: bool = False
-  driver: _driver.Driver = dataclasses.field(default_factory=_driver.chosen)
+  kernels: tuple[_driver.Kernel, ...] = dataclasses.field(default_factory=_driver.chosen)
 
 
 class _Values(NamedTuple):
@@ -112,23 +113,22 @@ def update_leaf(
   words = _random.of_shard(words, static.shard_axes | _mesh.varying_axes(arrays, gradient.stored()))
   shared = _Values(zero, words, gradient.weight, list(scalars), hyperparams, list(start))
 
-  def stages(tile_shape, values):
-    cells = _codec.make_cells(tile_shape, blocks)
-    target_codec, *codecs = (_array.codec_of(leaf, tile_shape, cells) for leaf in slots)
+  def stages(view, values):
+    target_codec, *codecs = (_array.codec_of(leaf, view) for leaf in slots)
 
     def bits(slot, coordinates):
-      return _array.random_bits(slots[slot], values.words[slot], cells, static.shape, coordinates, values.start)
+      return _array.random_bits(slots[slot], values.words[slot], view, static.shape, coordinates, values.start)
 
     def compute(reads, value, old_fields):
       """The wanted delta, and the wanted fields."""
       weighted = dataclasses.replace(gradient, weight=values.weight)
       if static.program is None:
-        return weighted.change(value, cells.split(reads['gradient'][1]), dtype), []
-      g = weighted.tile(reads['gradient'], cells, dtype)
+        return weighted.change(value, view.split(reads['gradient'][1]), dtype), []
+      g = weighted.tile(reads['gradient'], view, dtype)
       if squared:
         g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
       decoded = [c.decode(old).astype(x.dtype) for c, old, x in zip(codecs, old_fields, fields, strict=True)]
-      results = static.program(g, value, *decoded, *(cells.split(x) for x in reads['reads']), *values.scalars)
+      results = static.program(g, value, *decoded, *(view.split(x) for x in reads['reads']), *values.scalars)
       delta, *new = (jnp.broadcast_to(x.astype(dtype), value.shape) for x in results)
       if static.is_difference and fields and _array.is_quantized(target):
         # Nothing has come: what is left of the difference of two sums is how they were rounded.
@@ -162,7 +162,7 @@ def update_leaf(
       if static.in_place:
         return {'target': new, 'fields': result}
       if _array.is_quantized(target):
-        old = reads['target']._replace(codes=cells.split(reads['target'].codes))
+        old = reads['target']._replace(codes=view.split(reads['target'].codes))
         return {'delta': _codec.subtract(new, old), 'fields': result}
       return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
@@ -177,10 +177,10 @@ def update_leaf(
     writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['target'])
   if is_dense:
     # XLA by itself updates arrays in place that are read and written in one dtype.
-    writes = _tiles.update_in_place(stages, tilings, shared, zero, only_read, writes, fused=True)
+    writes = _tiles.update_in_place(stages, tilings, blocks, shared, zero, only_read, writes, fused=True)
   else:
     leaves = [leaf for leaf in (*slots, gradient.accumulated, gradient.recent, *reads) if leaf is not None]
-    writes = _driver.update_in_place(static.driver, leaves, stages, tilings, shared, zero, only_read, writes)
+    writes = _driver.update_in_place(static.kernels, leaves, stages, tilings, shared, zero, only_read, writes)
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
@@ -238,9 +238,9 @@ def reduce_leaf(
   reduce, combine, start = REDUCERS[name]
 
   def body(tiling, step, total):
-    cells = _codec.make_cells(tiling.tile_shape, blocks)
+    view = _view.cells(tiling.tile_shape, blocks)
     reads = jax.tree.map(lambda x: tiling.take(x, step), gradient.stored())
-    g = gradient.tile(reads, cells, jnp.float32)
+    g = gradient.tile(reads, view, jnp.float32)
     (value,) = program(g, *scalars)
     return combine(total, reduce(jnp.broadcast_to(value, g.shape)))
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from lpmm_optax.kernel import _tiles
 from lpmm_optax.storage import _array
-from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _mesh
+from lpmm_optax.storage import _view
 
 _SUMS = 8  # How much smaller.
 
@@ -80,10 +80,10 @@ def _measure(leaf: _array.QuantizedArray, update: jax.Array) -> Underflow:
     stored, blocks = _array.stored(leaf), _array.blocks_of(leaf)
 
     def body(tiling, i, totals):
-      cells = _codec.make_cells(tiling.tile_shape, blocks)
-      codec: Any = _array.codec_of(leaf, tiling.tile_shape, cells)
+      view = _view.cells(tiling.tile_shape, blocks)
+      codec: Any = _array.codec_of(leaf, view)
       tile, size = jax.tree.map(lambda x: tiling.take(x, i), (stored, update))
-      size = cells.split(jnp.abs(size.astype(jnp.float32)))
+      size = view.split(jnp.abs(size.astype(jnp.float32)))
       step = codec.step(tile)
       # A block of zeros has no grid, and takes any update as it is.
       steps = jnp.where(step > 0, size / jnp.where(step > 0, step, 1.0), 0.0)

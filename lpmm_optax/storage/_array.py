@@ -14,6 +14,7 @@ from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _format
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
+from lpmm_optax.storage import _view
 from lpmm_optax.storage._format import Format
 
 _MOST_NAMED = 3  # Leaves in one message.
@@ -157,13 +158,13 @@ def name_some(paths: Sequence[str]) -> str:
   return ('; '.join(paths[:_MOST_NAMED]) or 'nothing') + more
 
 
-def codec_of(leaf: Any, shape: tuple[int, ...], cells: _codec.Cells) -> _codec.Codec:
-  """The codec for tiles of `shape` cut from a leaf (a QuantizedArray or a dense array)."""
+def codec_of(leaf: Any, view: _view.View) -> _codec.Codec:
+  """The codec for tiles cut from a leaf (a QuantizedArray or a dense array), in a view of them."""
   if not is_quantized(leaf):
-    return _codec.DenseCodec(jnp.dtype(leaf.dtype), cells)
+    return _codec.DenseCodec(jnp.dtype(leaf.dtype), view)
   if not leaf.format.has_scales:
-    return _codec.BFloat16Codec(leaf.format, cells)
-  return _codec.LinearCodec(leaf.format, _codec.Blocks(cells, len(shape) + leaf.blocks.axis, leaf.blocks.size))
+    return _codec.BFloat16Codec(leaf.format, view)
+  return _codec.LinearCodec(leaf.format, _codec.Blocks(view, len(view.shape) + leaf.blocks.axis, leaf.blocks.size))
 
 
 def blocks_of(leaf: Any) -> list[tuple[int, int]]:
@@ -187,13 +188,13 @@ def with_stored(leaf: Any, arrays: _codec.Stored) -> Any:
 
 def whole_codec(leaf: Any) -> _codec.Codec:
   """The codec for a leaf as one tile."""
-  return codec_of(leaf, leaf.shape, _codec.make_cells(leaf.shape, blocks_of(leaf)))
+  return codec_of(leaf, _view.cells(leaf.shape, blocks_of(leaf)))
 
 
 def random_bits(
   leaf: Any,
   word: jax.Array,
-  cells: _codec.Cells,
+  view: _view.View,
   shape: tuple[int, ...],
   coordinates: Sequence[jax.Array],
   start: Sequence[jax.Array] = (),
@@ -203,20 +204,22 @@ def random_bits(
   Args:
     leaf: QuantizedArray or dense array.
     word: uint32[2], the leaf's random word.
-    cells: of the tile.
+    view: of the tile.
     shape: of the whole array that elements are numbered in, of which the leaf may be a slice.
-    coordinates: per axis of the leaf, a uint32 vector of the tile's coordinates.
+    coordinates: per axis of the leaf, the tile's coordinates: uint32, in any shape; or of the flattened leaf.
     start: per leading axis that the leaf lacks, its index there.
 
   Returns:
-    uint32 in cell view.
+    uint32 in view.
   """
   format = format_of(leaf)
   if format is None or format.rounding == 'nearest':
     return None
-  own = [cells.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
+  own = [view.split_coordinate(coordinate, d) for d, coordinate in enumerate(coordinates)]
   leading = [jnp.asarray(x, jnp.uint32).reshape((1,) * own[0].ndim) for x in start]
-  return _random.random_bits(word, _random.element_index(shape, [*leading, *own]))
+  own_shape = leaf.shape if len(own) == leaf.ndim else (leaf.size,)
+  index = _random.element_index((*shape[: len(leading)], *own_shape), [*leading, *own])
+  return _random.random_bits(word, index)
 
 
 def full(like: Any, value: float, format: Format | None, dtype: Any) -> Any:
@@ -301,18 +304,18 @@ def _check_param_format(path: str, leaf: Any, format: Format) -> None:
 def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
   target = full(x, 0, format, dtype)
   codec: Any = whole_codec(target)
-  cells = codec_cells(codec)
+  view = codec_view(codec)
   bits = None
   if word is not None:
-    bits = random_bits(target, word, cells, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
-  rounded, _ = codec.finish(codec.encode(cells.split(x.astype(jnp.float32)), bits))
-  return with_stored(target, rounded._replace(codes=cells.merge(rounded.codes)))
+    bits = random_bits(target, word, view, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
+  rounded, _ = codec.finish(codec.encode(view.split(x.astype(jnp.float32)), bits))
+  return with_stored(target, rounded._replace(codes=view.merge(rounded.codes)))
 
 
 @jax.jit
 def _decode(x: QuantizedArray) -> jax.Array:
   codec = whole_codec(x)
-  return codec_cells(codec).merge(codec.decode(stored(x)))
+  return codec_view(codec).merge(codec.decode(stored(x)))
 
 
 def _cast(value: jax.Array, dtype: Any) -> jax.Array:
@@ -376,9 +379,9 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   return jax.tree.unflatten(treedef, out)
 
 
-def codec_cells(codec: _codec.Codec) -> _codec.Cells:
-  """The cell view in which a codec works."""
-  return codec.blocks.cells if isinstance(codec, _codec.LinearCodec) else codec.cells
+def codec_view(codec: _codec.Codec) -> _view.View:
+  """The view in which a codec works."""
+  return codec.blocks.view if isinstance(codec, _codec.LinearCodec) else codec.view
 
 
 def dequantize(tree: Any, dtype: Any = None) -> Any:

@@ -3,14 +3,11 @@
 A codec reads and writes one array, in tiles: `decode` gives dense values; `advance` fixes what will be stored in the
 place of what is, and `encode` what will be stored where there is nothing yet; `finish` gives the arrays to store and
 the rounding error that was made. All products below are of a power of two or of a few-bit
-integer with an 8-bit scale, hence exact, or are rounded once on every platform; divisions are done in integers. A codec
-works in *cell view*: each blocked axis of the tile is split into (cells, cell), where a cell is a run that no block
-boundary crosses. XLA vectorizes elementwise work with scales in that view, and does not without it.
+integer with an 8-bit scale, hence exact, or are rounded once on every platform; the quotient of a division is corrected
+in integers. A codec works in a *view* of the tile, which the driver of the update has chosen (`_view`).
 """
 
-from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 from typing import NamedTuple
 
@@ -20,88 +17,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from lpmm_optax.storage import _format
-
-_LONGEST_CELL = 32
-_SHORTEST_PART = 8
+from lpmm_optax.storage import _view
 
 # Low enough for any gradient; high enough for reciprocal(scale) * 2^24 to be finite.
 _MIN_SCALE = 2.0**-100
-_SMALLEST_NORMAL = np.uint32(0x00800000)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cells:
-  """The cell view of a tile.
-
-  Attributes:
-    shape: of the tile.
-    sizes: cell size per axis; 1 where the axis stays whole.
-  """
-
-  shape: tuple[int, ...]
-  sizes: tuple[int, ...]
-
-  def view_shape(self, shape: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
-    """`shape` with every axis split by `sizes` where this view splits it."""
-    split = ((n // size, size) if cell > 1 else (n,) for n, size, cell in zip(shape, sizes, self.sizes, strict=True))
-    return tuple(n for axis in split for n in axis)
-
-  def split(self, x: jax.Array) -> jax.Array:
-    """Tile to cell view."""
-    return x.reshape(self.view_shape(self.shape, self.sizes))
-
-  def split_coordinate(self, coordinate: jax.Array, axis: int) -> jax.Array:
-    """A vector along one axis of the tile to an array that broadcasts against the cell view."""
-    ones = [coordinate.size if d == axis else 1 for d in range(len(self.shape))]
-    sizes = [size if d == axis else 1 for d, size in enumerate(self.sizes)]
-    return coordinate.reshape(self.view_shape(ones, sizes))
-
-  def merge(self, x: jax.Array) -> jax.Array:
-    """Cell view to tile."""
-    return x.reshape(self.shape)
+_SMALLEST_NORMAL = np.int32(0x00800000)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Blocks of `size` elements along `axis` of a tile, each made of one or more cells."""
+  """Blocks of `size` elements along `axis` of a tile."""
 
-  cells: Cells
+  view: _view.View
   axis: int
   size: int
 
-  def _with_axis(self, *counts: int) -> tuple[int, ...]:
-    return self.cells.shape[: self.axis] + counts + self.cells.shape[self.axis + 1 :]
-
   def spread(self, per_block: jax.Array) -> jax.Array:
-    """One value per block to an array that broadcasts against the cell view."""
-    cell = self.cells.sizes[self.axis]
-    n = self.cells.shape[self.axis]
-    repeated = jnp.broadcast_to(
-      jnp.expand_dims(per_block, self.axis + 1), self._with_axis(n // self.size, self.size // cell)
-    )
-    # The tile with its blocked axis counted in cells; there, a cell is one element.
-    per_cell = self._with_axis(n // cell)
-    sizes = tuple(1 if d == self.axis else c for d, c in enumerate(self.cells.sizes))
-    return repeated.reshape(self.cells.view_shape(per_cell, sizes))
+    """One value per block to an array that broadcasts against the view."""
+    return self.view.spread(per_block, self.axis, self.size)
 
   def absmax(self, x: jax.Array) -> jax.Array:
-    """Cell view to the largest magnitude in each block, NaN where it holds one.
-
-    Magnitudes are compared as integers, among which NaN is the largest: a maximum of floats on CPU may pass over it,
-    and is a library call there that nothing can be fused into.
-    """
-    cell = self.cells.sizes[self.axis]
-    n = self.cells.shape[self.axis]
-    x = _bits_of(x) << 1
-    if cell > 1:
-      view_axis = self.axis + sum(c > 1 for c in self.cells.sizes[: self.axis]) + 1
-      x = jnp.max(x, axis=view_axis)
-    x = x.reshape(self._with_axis(n // self.size, self.size // cell))
-    return _float_of(jnp.max(x, axis=self.axis + 1) >> 1)
+    """In view, without NaN, to the largest magnitude in each block."""
+    return self.view.absmax(x, self.axis, self.size)
 
 
 def _bits_of(x: jax.Array) -> jax.Array:
   return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _signed_bits_of(x: jax.Array) -> jax.Array:
+  """The bits of floats that are not negative, which compare as they do; not every backend compares unsigned ones."""
+  return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _float_of(bits: jax.Array) -> jax.Array:
@@ -125,27 +71,31 @@ def fresh_scale(absmax: jax.Array, max_code: int) -> jax.Array:
   are at least 2^-100, and low enough for max_code * s to be finite, where values above are clipped by less than one
   grid step.
   """
-  largest = np.array(np.finfo(np.float32).max / np.float32(max_code)).view(np.uint32) & np.uint32(0xFFFF0000)
+  largest = np.array(np.finfo(np.float32).max / np.float32(max_code)).view(np.int32) & np.int32(-0x10000)
   # The product is within one ulp of the quotient; four ulps lower it is surely not above it.
-  below = jnp.maximum(_bits_of(absmax * np.float32(1 / max_code)), jnp.uint32(4)) - jnp.uint32(4)
-  scale = (below + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000)
-  scale = jnp.where(_float_of(scale) * np.float32(max_code) >= absmax, scale, scale + jnp.uint32(0x10000))
-  scale = jnp.clip(scale, np.float32(_MIN_SCALE).view(np.uint32), largest)
-  scale = jnp.where(_bits_of(absmax) < _SMALLEST_NORMAL, jnp.uint32(0), scale)
+  below = jnp.maximum(_signed_bits_of(absmax * np.float32(1 / max_code)), np.int32(4)) - np.int32(4)
+  scale = (below + np.int32(0xFFFF)) & np.int32(-0x10000)
+  scale = jnp.where(_float_of(scale) * np.float32(max_code) >= absmax, scale, scale + np.int32(0x10000))
+  scale = jnp.clip(scale, np.float32(_MIN_SCALE).view(np.int32), largest)
+  scale = jnp.where(_signed_bits_of(absmax) < _SMALLEST_NORMAL, np.int32(0), scale)
   return jnp.where(jnp.isfinite(absmax), _float_of(scale), np.float32(np.nan))
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:
   """1 / s, correctly rounded on every platform, for s a normal bfloat16 value; 0 for s = 0, and finite for NaN.
 
-  The significand is an integer M from 128 to 255, so the quotient 2^31 / M, which has 24 bits, is one integer division;
-  XLA's own float division is approximate on GPU.
+  The significand is an integer M from 128 to 255, so the quotient 2^31 / M, which has 24 bits, is an integer division:
+  of floats, which is approximate on a GPU or TPU, and of what that has left, to the nearest integer.
   """
-  bits = _bits_of(scale)
-  exponent = (bits >> 23) & jnp.uint32(0xFF)
-  significand = ((bits >> 16) & jnp.uint32(0x7F)) | jnp.uint32(0x80)
-  quotient = (jnp.uint32(2**31) + significand // jnp.uint32(2)) // significand
-  power = _float_of(jnp.clip(jnp.uint32(254) - exponent, 1, 254) << 23)
+  bits = _signed_bits_of(scale)
+  exponent = (bits >> 23) & np.int32(0xFF)
+  significand = ((bits >> 16) & np.int32(0x7F)) | np.int32(0x80)
+  inverse = 1 / significand.astype(jnp.float32)
+  quotient = (inverse * np.float32(2.0**31)).astype(jnp.int32)
+  # 2^31 - quotient * M, a few M at the most, so exact modulo 2^32. No rest is half an M, hence none is rounded wrongly.
+  rest = np.int32(-(2**31)) - quotient * significand
+  quotient = quotient + jnp.floor(rest.astype(jnp.float32) * inverse + np.float32(0.5)).astype(jnp.int32)
+  power = _float_of(jnp.clip(np.int32(254) - exponent, 1, 254) << 23)
   inverse = quotient.astype(jnp.float32) * np.float32(2.0**-24) * power
   return jnp.where(exponent == 0, np.float32(0), inverse)
 
@@ -158,7 +108,7 @@ class Stored(NamedTuple):
 
 
 class Payload(NamedTuple):
-  """What `encode` decided, ready for `finish`: arrays in cell view, scales one per block."""
+  """What `encode` decided, ready for `finish`: arrays in view, scales one per block."""
 
   word: jax.Array
   extra: Any = None
@@ -176,8 +126,8 @@ class LinearCodec:
     return self.format.grid == 'sqrt'
 
   def decode(self, stored: Stored) -> jax.Array:
-    """Stored tile to float32 values in cell view; exact, and NaN throughout a poisoned block."""
-    codes = self.blocks.cells.split(stored.codes).astype(jnp.float32)
+    """Stored tile to float32 values in view; exact, and NaN throughout a poisoned block."""
+    codes = self.blocks.view.split(stored.codes).astype(jnp.float32)
     value = codes * self.blocks.spread(from_bfloat16_bits(stored.scales))
     return value * value if self.squares else value
 
@@ -186,7 +136,7 @@ class LinearCodec:
     return self.blocks.spread(from_bfloat16_bits(stored.scales))
 
   def encode(self, value: jax.Array, bits: jax.Array | None) -> Payload:
-    """Rounds values, float32 in cell view, to a fresh grid; see `advance` for the rest."""
+    """Rounds values, float32 in view, to a fresh grid; see `advance` for the rest."""
     value, absmax = self._storable(value)
     return self._round(value, value, jnp.int32(0), fresh_scale(absmax, self.format.max_code), bits)
 
@@ -200,8 +150,8 @@ class LinearCodec:
 
     Args:
       old: the tile as it is stored.
-      value: what it becomes, float32, in cell view.
-      bits: uint32 random bits in cell view, or None to round to nearest.
+      value: what it becomes, float32, in view.
+      bits: uint32 random bits in view, or None to round to nearest.
       delta: value - decode(old), where that is known to more than the precision of value; for the linear grid.
 
     Returns:
@@ -210,7 +160,7 @@ class LinearCodec:
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
     value, absmax = self._storable(value)
     old_scale = from_bfloat16_bits(old.scales)
-    codes = self.blocks.cells.split(old.codes)
+    codes = self.blocks.view.split(old.codes)
     if delta is None:
       delta = value - codes.astype(jnp.float32) * self.blocks.spread(old_scale)
     # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
@@ -253,7 +203,7 @@ class LinearCodec:
     return Payload((code << 1) | error, to_bfloat16_bits(scale))
 
   def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
-    """What to store, codes in cell view, and the error (wanted - stored) of the linear grid, float32 in cell view."""
+    """What to store, codes in view, and the error (wanted - stored) of the linear grid, float32 in view."""
     fraction_bits = self.format.fraction_bits
     codes = (payload.word >> (fraction_bits + 1)).astype(self.format.code_dtype)
     error = (payload.word << (31 - fraction_bits)) >> (31 - fraction_bits)
@@ -266,18 +216,18 @@ class BFloat16Codec:
   """The upper half of a float32, rounded on its bits."""
 
   format: _format.Format
-  cells: Cells
+  view: _view.View
 
   def decode(self, stored: Stored) -> jax.Array:
-    return self.cells.split(from_bfloat16_bits(stored.codes))
+    return self.view.split(from_bfloat16_bits(stored.codes))
 
   def step(self, stored: Stored) -> jax.Array:
-    """The distance to the next larger magnitude, in cell view."""
+    """The distance to the next larger magnitude, in view."""
     power = _float_of(_bits_of(self.decode(stored)) & jnp.uint32(0x7F800000))
     return power * np.float32(2.0**-7)
 
   def encode(self, value: jax.Array, bits: jax.Array | None) -> Payload:
-    """Rounds values, float32 in cell view; the error is kept beside them."""
+    """Rounds values, float32 in view; the error is kept beside them."""
     pattern = _bits_of(value)
     half_to_even = jnp.uint32(0x7FFF) + ((pattern >> 16) & jnp.uint32(1))
     dither = half_to_even if bits is None else bits >> 16
@@ -301,10 +251,10 @@ class DenseCodec:
   """Stored as it is; a parameter's delta is cast to its dtype before the sum, as `optax.apply_updates` has it."""
 
   dtype: np.dtype
-  cells: Cells
+  view: _view.View
 
   def decode(self, stored: Stored) -> jax.Array:
-    return self.cells.split(stored.codes).astype(compute_dtype(self.dtype))
+    return self.view.split(stored.codes).astype(compute_dtype(self.dtype))
 
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
     """The values, cast; or the old ones plus a delta, cast, which is kept beside them."""
@@ -312,7 +262,7 @@ class DenseCodec:
     if delta is None:
       return Payload(value.astype(self.dtype))
     delta = delta.astype(self.dtype)
-    return Payload(self.cells.split(old.codes) + delta, delta)
+    return Payload(self.view.split(old.codes) + delta, delta)
 
   def finish(self, payload: Payload) -> tuple[Stored, None]:
     return Stored(payload.word), None
@@ -335,18 +285,3 @@ def subtract(new: Stored, old: Stored) -> Stored:
     return a - b
 
   return jax.tree.map(difference, new, old)
-
-
-def make_cells(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Cells:
-  """The cell view of a tile for arrays blocked along (axis, block size).
-
-  A long cell is cut in equal parts where that leaves them long enough to vectorize: XLA on CPU fuses what it reduces
-  into the reduction, rather than store it first, only up to `_LONGEST_CELL` elements.
-  """
-  sizes = [0] * len(shape)
-  for axis, size in blocks:
-    sizes[axis] = math.gcd(sizes[axis], size)
-  parts = [_format.largest_divisor(size, _LONGEST_CELL) if size else 1 for size in sizes]
-  return Cells(
-    shape, tuple(part if part >= _SHORTEST_PART else max(size, 1) for part, size in zip(parts, sizes, strict=True))
-  )

@@ -13,6 +13,7 @@ from runs import grid_steps
 import lpmm_optax as lpmm
 from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _format
+from lpmm_optax.storage import _view
 
 LINEAR = [lpmm.INT4, lpmm.INT8, lpmm.INT16]
 
@@ -271,12 +272,12 @@ def test_a_stack_of_layers_can_be_scanned():
 
 
 def test_the_square_root_grid_keeps_positive_values_positive():
-  blocks = _codec.Blocks(_codec.Cells((1, 64), (1, 64)), 1, 64)
+  blocks = _codec.Blocks(_view.Cells((1, 64), (1, 64)), 1, 64)
   codec = _codec.LinearCodec(lpmm.UINT8_SQRT, blocks)
   v = jnp.zeros((1, 1, 64)).at[0, 0, :3].set(jnp.array([1.0, 1e-12, 0.25]))
   bits = jax.random.bits(jax.random.key(0), v.shape, jnp.uint32)
   stored, _ = codec.finish(codec.encode(v, bits))
-  back = np.asarray(codec.decode(stored._replace(codes=blocks.cells.merge(stored.codes))))[0, 0]
+  back = np.asarray(codec.decode(stored._replace(codes=blocks.view.merge(stored.codes))))[0, 0]
   assert stored.codes.dtype == jnp.uint8
   assert back[1] > 0
   assert np.all(back[3:] == 0)

@@ -1,0 +1,154 @@
+"""The kernel, interpreted on a CPU, gives the loop's bits wherever it runs; it is lowered for TPUs alone."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+import pytest
+from runs import slow
+import updates
+
+import lpmm_optax as lpmm
+from lpmm_optax.kernel import _body
+from lpmm_optax.kernel import _tpu
+
+INTERPRETED = 'interpret_tpu'
+
+
+# Rows and columns that are no whole vectors, tiles or blocks, with scales turned and not; blocks along either axis, of
+# powers of two and not; several tiles and blocks along each axis, and several matrices in one.
+@pytest.mark.parametrize(
+  ('name', 'format', 'shape', 'route'),
+  [
+    ('adamw', lpmm.INT8, (509, 64), 'update'),
+    *slow(
+      ('sgdm', lpmm.INT8, updates.SHAPE, 'step'),
+      ('sgdm', lpmm.INT8, (256, 1024), 'step'),
+      ('sgdm', lpmm.INT8, (300, 2176), 'step'),
+      ('sgdm', lpmm.INT8, (40, 4224), 'update'),
+      ('sgdm', lpmm.INT8, (50, 1000), 'step'),
+      ('sgdm', lpmm.INT8, (7, 7, 3, 64), 'update'),
+      ('sgdm', lpmm.INT16, (4, 64, 256), 'step'),
+      ('sgdm', lpmm.BFLOAT16, (3, 3, 64, 64), 'update'),
+      ('sgdm without feedback', lpmm.INT8, (509, 64), 'update'),
+      ('adamw', lpmm.INT16, (3, 3, 64, 64), 'step'),
+      ('adamw', lpmm.INT8, (768, 1301), 'step'),
+      ('adamw', lpmm.BFLOAT16, (130, 200), 'step'),
+      ('lion', lpmm.INT8, (40, 12, 64), 'step'),
+      ('rmsprop', lpmm.INT8, updates.SHAPE, 'step'),
+      ('accumulation', lpmm.INT16, updates.SHAPE, 'step'),
+      ('accumulation', lpmm.INT8, (509, 64), 'update'),
+    ),
+  ],
+  ids=str,
+)
+def test_the_kernel_gives_the_loops_bits(interpreted, name, format, shape, route):
+  updates.check_bits(interpreted, name, format, shape, route)
+
+
+@pytest.mark.parametrize(
+  ('spec', 'axis_type'),
+  [
+    (P('x', 'y'), AxisType.Auto),
+    *slow(
+      (P(('x', 'y'), None), AxisType.Auto),
+      (P(), AxisType.Auto),
+      (P('x', 'y'), AxisType.Explicit),
+      (P(None, ('x', 'y')), AxisType.Auto),
+    ),
+  ],
+  ids=str,
+)
+def test_every_sharding_gives_the_same_bits_without_communication(interpreted, spec, axis_type):
+  updates.check_bits_of_shards(interpreted, lpmm.Format(block_size=16), spec, axis_type)
+
+
+@pytest.mark.parametrize('is_mapped', slow(True, False))
+def test_shard_map_and_vmap_give_the_same_bits(interpreted, is_mapped):
+  updates.check_bits_in_shard_map(interpreted, is_mapped)
+
+
+@pytest.mark.slow
+def test_gradients_accumulated_in_the_backward_pass_have_the_same_bits(interpreted):
+  updates.check_bits_in_backward_pass(interpreted)
+
+
+@pytest.mark.slow
+def test_what_is_vmapped_under_automatic_sharding_is_the_loop(interpreted):
+  updates.check_bits_vmapped(interpreted)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'blocks', 'block', 'tile', 'turns'),
+  [
+    ((2048, 2048), [(1, 64), (1, 128)], (128, 2048), (32, 1024), True),
+    ((50257, 768), [(1, 64), (1, 128)], (256, 768), (32, 768), True),
+    ((768, 50257), [(0, 64), (0, 128)], (768, 4096), (128, 256), False),
+    ((32, 4096, 14336), [(2, 64), (2, 128)], (1, 128, 4096), (1, 32, 1024), True),
+    ((100, 16384), [(1, 64), (1, 128)], (32, 16384), (32, 1024), False),
+    ((3, 3, 512, 512), [(3, 64)], (1, 1, 512, 512), (1, 1, 32, 512), True),
+    ((768, 12, 64), [(2, 64)], (128, 12, 64), (16, 12, 64), False),
+    ((7, 7, 3, 64), [(3, 64)], (1, 4, 3, 64), (1, 4, 3, 64), False),
+    ((2048, 1000), [(1, 50), (1, 125)], (256, 1000), (32, 1000), True),
+  ],
+)
+def test_blocks_and_tiles_cut_no_block_of_scales(shape, blocks, block, tile, turns):
+  plan = _tpu.choose_plan(shape, blocks)
+  assert plan == (block, tile, turns)
+  assert all(b % t == 0 for b, t in zip(block, tile, strict=True))
+  assert all(tile[axis] % size == 0 for axis, size in blocks)
+
+
+def test_what_the_kernel_cannot_do_has_a_reason():
+  def reason(shape, format):
+    leaf = jax.eval_shape(lambda: lpmm.quantize(jnp.ones(shape), format, where=lambda *_: format))
+    return _tpu.why_not([leaf])
+
+  assert reason((64, 128), lpmm.INT8) is None
+  assert reason((64, 100), lpmm.INT8) is None
+  assert reason((64, 128), lpmm.INT4) == 'arrays of int4'
+  assert reason((131072,), lpmm.INT8) == 'one axis alone'
+  assert reason((64, 3, 5), lpmm.INT8) == 'blocks along a leading axis'
+  assert reason((100, 7), lpmm.INT8) == 'blocks of 50 rows, no multiple of 8'
+  reason_of_4000 = 'no small tile of rows of 4000 has whole blocks and vectors'
+  assert reason((64, 4000), lpmm.Format(block_size=10)) == reason_of_4000
+  large = jax.eval_shape(lambda: updates.start(shape=(2**16, 2**16)))['w']
+  assert _tpu.why_not([large]) == _body.TOO_LARGE
+  assert _tpu.why_not([large], (2**13, 2**16)) is None
+  assert _tpu.why_not([large], (2**13, 2**5)) == 'a shard cuts blocks'
+
+
+def on_a_v5e():
+  """A context with a mesh of one TPU, 'x', that there is not."""
+  device = jax.sharding.AbstractDevice('TPU v5 lite', 1, 'tpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('x',), (AxisType.Auto,), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+@pytest.mark.parametrize(
+  ('name', 'format', 'shape'),
+  [
+    ('sgdm', lpmm.INT8, (509, 64)),
+    *slow(
+      ('adamw', lpmm.INT16, (3, 3, 64, 64)),
+      ('lion', lpmm.BFLOAT16, (130, 200)),
+      ('rmsprop', lpmm.INT8, updates.SHAPE),
+      ('accumulation', lpmm.INT8, (768, 11)),
+      ('sgdm without feedback', lpmm.INT8, (50, 1000)),
+    ),
+  ],
+  ids=str,
+)
+def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, shape):
+  monkeypatch.setenv('LPMM_KERNEL', '1')
+  with on_a_v5e():
+    lowered = updates.lower_for(name, format, shape, ('tpu', 'cpu', 'rocm'))
+  assert [platform for platform, text in lowered.items() if 'tpu_custom_call' in text] == ['tpu']
+
+
+@pytest.mark.parametrize('is_sharded', slow(True, False))
+def test_the_kernel_knows_along_which_manual_axes_arrays_vary(monkeypatch, is_sharded):
+  monkeypatch.setenv('LPMM_KERNEL', '1')
+  with on_a_v5e():
+    step, args = updates.step_in_shard_map(is_sharded)
+    assert 'tpu_custom_call' in step.trace(*args).lower(lowering_platforms=('tpu',)).as_text()
