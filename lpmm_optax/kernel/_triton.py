@@ -129,6 +129,7 @@ def update_in_place(
   blocks: Sequence[tuple[int, int]],
   interpret: bool,
   values: Any,
+  zero: jax.Array,
   reads: Any,
   writes: Any,
   origin: Sequence[jax.Array],
@@ -141,6 +142,7 @@ def update_in_place(
     blocks: (axis, block size) of everything stored in its shape; `why_not` has accepted them.
     interpret: whether JAX runs the kernel, on any platform and slowly, rather than Triton.
     values: small arrays that all tiles share.
+    zero: uint32[], zero at run time.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
     origin: per axis, uint32[], the coordinate of the leaf's first element.
@@ -150,7 +152,7 @@ def update_in_place(
   """
   lots = choose_lots(shape, blocks, ELEMENTS)
   for lot in lots:
-    body = _body.trace(stages, _view.cells(lot.tile, blocks), shape, values, origin, reads, writes)
+    body = _body.trace(stages, _view.cells(lot.tile, blocks), shape, values, zero, origin, reads, writes)
     new = _update_lot(body, shape, lot, len(lots) == 1, interpret)
     writes = jax.tree.unflatten(jax.tree.structure(writes), new)
   return writes
