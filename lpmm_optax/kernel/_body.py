@@ -97,6 +97,7 @@ def trace(
   view: _view.View,
   shape: tuple[int, ...],
   values: Any,
+  zero: jax.Array | None,
   origin: Sequence[jax.Array],
   reads: Any,
   writes: Any,
@@ -108,6 +109,7 @@ def trace(
     view: of a tile.
     shape: of the leaf.
     values: small arrays that all tiles share.
+    zero: uint32[], zero at run time, or None where the kernel's compiler contracts no products.
     origin: per axis, uint32[], the coordinate of the first element of the arrays.
     reads: arrays that are only read.
     writes: arrays that are replaced.
@@ -122,20 +124,20 @@ def trace(
       return start.reshape(ones)
     return lax.broadcasted_iota(jnp.int32, ones, axis).astype(jnp.uint32) + start
 
-  def one_tile(values, starts, reads, writes):
+  def one_tile(values, zero, starts, reads, writes):
     """The new tiles of `writes`; starts: uint32[] per axis, the tile's first coordinate."""
-    first, second, last = stages(view, values)
+    first, second, last = stages(view, values, zero)
     coordinates = [coordinate(axis, start) for axis, start in enumerate(starts)]
     carried = first(coordinates, reads, writes)
     new = last(carried, second(coordinates, carried, writes), reads)
     return jax.tree.map(lambda x, tile: tile.reshape(x.shape), writes, new)
 
   tiles = jax.tree.map(lambda x: template(x, tile_of(x)), (reads, writes))
-  shared = jax.tree.map(lambda x: template(x, x.shape), (values, origin))
+  shared = jax.tree.map(lambda x: template(x, x.shape), (values, zero, origin))
   graph, _ = _program.trace(one_tile, *shared, *tiles)
 
-  count, rank = len(jax.tree.leaves(values)), len(shape)
-  given = dict(zip(graph.inputs[:count], jax.tree.leaves(values), strict=True))
+  count, rank = len(jax.tree.leaves((values, zero))), len(shape)
+  given = dict(zip(graph.inputs[:count], jax.tree.leaves((values, zero)), strict=True))
   axis_of = {value: axis for axis, value in enumerate(graph.inputs[count : count + rank])}
   arrays = dict(zip(graph.inputs[count + rank :], jax.tree.leaves((reads, writes)), strict=True))
 

@@ -101,10 +101,9 @@ def update_in_place(
     return _tiles.update_in_place(stages, tilings, blocks, values, zero, reads, writes, fused=False)
 
   def run_kernel(kernel, shape, origin, values, zero, reads, writes):
-    del zero
     axes = _mesh.varying_axes(values, reads, writes)
-    values, reads, writes, origin = _mesh.vary((values, reads, writes, origin), axes)
-    return kernel.driver.update_in_place(stages, shape, blocks, kernel.interpret, values, reads, writes, origin)
+    args = _mesh.vary((values, zero, reads, writes, origin), axes)
+    return kernel.driver.update_in_place(stages, shape, blocks, kernel.interpret, *args)
 
   def run_shard(kernel, shape, origin, values, zero, reads, writes):
     """The update of one device's shard, of `shape`, whose first element has the coordinates `origin`."""
@@ -113,7 +112,7 @@ def update_in_place(
     tile_size = math.prod(tilings[0].tile_shape) * math.prod(shape) // math.prod(tilings[0].shape)
     local = _tiles.choose_tilings(shape, blocks, max(tile_size, 1))
     move = lambda coordinates: [x + at for x, at in zip(coordinates, origin, strict=True)]
-    moved = lambda view, values: stages(view, values).moved(move)
+    moved = lambda *args: stages(*args).moved(move)
     return _tiles.update_in_place(moved, local, blocks, values, zero, reads, writes, fused=False)
 
   mesh = jax.sharding.get_abstract_mesh()

@@ -180,8 +180,9 @@ class Stages(NamedTuple):
     return self._replace(first=at(self.first), second=at(self.second))
 
 
-# Of a view of a tile, and of small arrays that all tiles share; it closes over no arrays.
-MakeStages = Callable[[_view.View, Any], Stages]
+# Of a view of a tile, of small arrays that all tiles share, and of uint32[], zero at run time, or None for a compiler
+# that contracts no products; it closes over no arrays.
+MakeStages = Callable[[_view.View, Any, jax.Array | None], Stages]
 
 
 def update_in_place(
@@ -211,7 +212,8 @@ def update_in_place(
   """
   writes = _mesh.vary(writes, _mesh.varying_axes(reads, writes))
   for tiling in tilings:
-    writes = _update_lot(stages(_view.cells(tiling.tile_shape, blocks), values), tiling, zero, reads, writes, fused)
+    of_tile = stages(_view.cells(tiling.tile_shape, blocks), values, zero)
+    writes = _update_lot(of_tile, tiling, zero, reads, writes, fused)
   return writes
 
 

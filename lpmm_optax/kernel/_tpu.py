@@ -217,6 +217,7 @@ def update_in_place(
   blocks: Sequence[tuple[int, int]],
   interpret: bool,
   values: Any,
+  zero: jax.Array,
   reads: Any,
   writes: Any,
   origin: Sequence[jax.Array] | None,
@@ -229,6 +230,7 @@ def update_in_place(
     blocks: (axis, block size) of everything stored in its shape; `why_not` has accepted them.
     interpret: whether JAX runs the kernel, on any platform and slowly, rather than a TPU.
     values: small arrays that all tiles share.
+    zero: uint32[], zero at run time.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
     origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
@@ -242,7 +244,9 @@ def update_in_place(
 
   plan = choose_plan(shape, blocks)
   origin = [jnp.uint32(0)] * len(shape) if origin is None else origin
-  body = _body.trace(stages, _view.lanes(plan.tile, blocks), shape, values, origin, reads, writes)
+  # No TPU, to the seventh generation, contracts a product and a sum of vectors.
+  view, barrier = _view.lanes(plan.tile, blocks), zero if interpret else None
+  body = _body.trace(stages, view, shape, values, barrier, origin, reads, writes)
   used = dict.fromkeys([*body.read, *body.written])
   operands = {value: _operand(body.arrays[value], shape, plan) for value in used}
   laid_out = [value for value in used if operands[value].is_laid_out]

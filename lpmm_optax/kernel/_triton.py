@@ -94,6 +94,7 @@ def update_in_place(
   blocks: Sequence[tuple[int, int]],
   interpret: bool,
   values: Any,
+  zero: jax.Array,
   reads: Any,
   writes: Any,
   origin: Sequence[jax.Array] | None,
@@ -106,6 +107,7 @@ def update_in_place(
     blocks: (axis, block size) of everything stored in its shape; `why_not` has accepted them.
     interpret: whether JAX runs the kernel, on any platform and slowly, rather than Triton.
     values: small arrays that all tiles share.
+    zero: uint32[], zero at run time.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
     origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
@@ -127,14 +129,14 @@ def update_in_place(
       number = number // jnp.uint32(n)
     return own
 
-  def of_run(view, shared):
+  def of_run(view, shared, zero):
     values, origin = shared
-    return stages(view, values).moved(functools.partial(move, origin))
+    return stages(view, values, zero).moved(functools.partial(move, origin))
 
   lots = choose_lots(size, max(ELEMENTS, _unit(blocks)))
   for lot in lots:
     view = _view.run(lot.tile, [size for _, size in blocks])
-    body = _body.trace(of_run, view, (size,), (values, origin), [jnp.uint32(0)], reads, writes)
+    body = _body.trace(of_run, view, (size,), (values, origin), zero, [jnp.uint32(0)], reads, writes)
     new = _update_lot(body, size, lot, len(lots) == 1, interpret)
     writes = jax.tree.unflatten(jax.tree.structure(writes), new)
   return jax.tree.map(lambda x, new: new.reshape(x.shape), whole, writes)

@@ -62,7 +62,6 @@ class LeafUpdate:
 class _Values(NamedTuple):
   """The small arrays that all tiles of a leaf share."""
 
-  zero: jax.Array
   words: jax.Array
   weight: jax.Array | None
   scalars: list[jax.Array]
@@ -111,9 +110,9 @@ def update_leaf(
   squared = any(_array.is_quantized(field) and field.format.grid == 'sqrt' for field in fields)
   arrays = [_array.stored(leaf) for leaf in slots]
   words = _random.of_shard(words, static.shard_axes | _mesh.varying_axes(arrays, gradient.stored()))
-  shared = _Values(zero, words, gradient.weight, list(scalars), hyperparams, list(start))
+  shared = _Values(words, gradient.weight, list(scalars), hyperparams, list(start))
 
-  def stages(view, values):
+  def stages(view, values, zero):
     target_codec, *codecs = (_array.codec_of(leaf, view) for leaf in slots)
 
     def bits(slot, coordinates):
@@ -166,7 +165,7 @@ def update_leaf(
         return {'delta': _codec.subtract(new, old), 'fields': result}
       return {'delta': _codec.Stored(payload.extra), 'fields': result}
 
-    return _tiles.Stages(*(_program.uncontracted(stage, values.zero) for stage in (first, second, last)))
+    return _tiles.Stages(*(_program.uncontracted(stage, zero) for stage in (first, second, last)))
 
   only_read: dict[str, Any] = {'gradient': gradient.stored(), 'reads': list(reads)}
   writes: dict[str, Any] = {'fields': arrays[1:]}
