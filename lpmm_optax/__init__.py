@@ -12,6 +12,8 @@ from lpmm_optax.optimizers._sgdm import sgdm
 from lpmm_optax.state._convert import convert
 from lpmm_optax.state._report import MemoryReport
 from lpmm_optax.state._report import memory_report
+from lpmm_optax.state._self_check import SelfCheck
+from lpmm_optax.state._self_check import self_check
 from lpmm_optax.state._shardings import shardings
 from lpmm_optax.state._underflow import Underflow
 from lpmm_optax.state._underflow import underflow_report
@@ -53,6 +55,7 @@ __all__ = [
   'MultiSteps',
   'MultiStepsState',
   'QuantizedArray',
+  'SelfCheck',
   'Underflow',
   'adam',
   'adamw',
@@ -65,6 +68,7 @@ __all__ = [
   'low_precision',
   'memory_report',
   'quantize',
+  'self_check',
   'set_to_zero',
   'sgdm',
   'shardings',

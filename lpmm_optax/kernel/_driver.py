@@ -19,9 +19,10 @@ from lpmm_optax.kernel import _partition
 from lpmm_optax.kernel import _tiles
 from lpmm_optax.kernel import _tpu
 from lpmm_optax.kernel import _triton
+from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
 
-_VARIABLE = 'LPMM_KERNEL'
+VARIABLE = 'LPMM_KERNEL'
 
 
 class Kernel(NamedTuple):
@@ -60,12 +61,24 @@ def chosen() -> tuple[Kernel, ...]:
   Raises:
     ValueError: for another value.
   """
-  value = os.environ.get(_VARIABLE)
+  value = os.environ.get(VARIABLE)
   if value is None:
     return _DEFAULTS.get(jax.default_backend(), ())
   if value not in _KERNELS:
-    raise ValueError(f"{_VARIABLE}={value!r} must be '0', '1', 'interpret' or 'interpret_tpu'")
+    raise ValueError(f"{VARIABLE}={value!r} must be '0', '1', 'interpret' or 'interpret_tpu'")
   return _KERNELS[value]
+
+
+def without_kernel(leaves: Sequence[Any]) -> dict[str, str]:
+  """By platform that has a kernel, why a leaf's arrays are updated by the loop there all the same.
+
+  Args:
+    leaves: a parameter and its state, QuantizedArrays and dense arrays of one shape.
+  """
+  if not any(map(_array.is_quantized, leaves)):
+    return {}  # XLA fuses that by itself.
+  reasons = {kernel.platform: kernel.driver.why_not(leaves) for kernel in (_TRITON, _TPU)}
+  return {platform: reason for platform, reason in reasons.items() if reason}
 
 
 def update_in_place(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from lpmm_optax.kernel import _driver
 from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _format
@@ -12,6 +13,7 @@ from lpmm_optax.storage._format import Format
 from lpmm_optax.trace import _plan
 
 _FP32_BYTES = 4
+_IN_TILES = 'in tiles'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,8 @@ class MemoryRow:
     exempt: why it is dense although its group is quantized, else None.
     update: of a parameter, how it is updated: 'in tiles', or 'whole' and the operation that is not elementwise; None
       for state, and where `memory_report` was not given the optimizer.
+    loops: of a parameter that is updated in tiles, by platform that has a kernel ('cuda', 'tpu'), why the loop updates
+      it there all the same.
   """
 
   group: str
@@ -36,6 +40,7 @@ class MemoryRow:
   format: str
   exempt: str | None
   update: str | None
+  loops: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,20 +104,35 @@ class MemoryReport:
       lines += [f'  {row.group}/{row.path}: {row.format}, {row.exempt}' for row in self.exempt]
     updated = [row for row in self.rows if row.update]
     if updated:
-      whole = [row for row in updated if row.update != 'in tiles']
+      whole = [row for row in updated if row.update != _IN_TILES]
       tiled = sum(row.elements for row in updated) - sum(row.elements for row in whole)
       lines.append(f'updated in tiles: {len(updated) - len(whole)} parameters, {tiled} elements')
       lines += [f'  {row.path}: updated {row.update}, {row.elements} elements' for row in whole]
+    by_reason: dict[str, list[MemoryRow]] = {}
+    for row in updated:
+      for platform, reason in row.loops.items():
+        by_reason.setdefault(f'no kernel on {platform}, for {reason}', []).append(row)
+    for reason, found in by_reason.items():
+      elements = sum(row.elements for row in found)
+      lines.append(f'{reason}: {_array.name_some([row.path for row in found])}, {elements} elements')
     return '\n'.join(lines)
 
 
-def _row(group: str, path: str, x: Any, format: Format | None, block_size: int, update: str | None) -> MemoryRow:
+def _row(
+  group: str,
+  path: str,
+  x: Any,
+  format: Format | None,
+  block_size: int,
+  update: str | None = None,
+  loops: dict[str, str] | None = None,
+) -> MemoryRow:
   """One array's row; `format` is one that its group has, or None if all of it is dense."""
   exempt = None
   if format is not None and not _array.is_quantized(x):
     exempt = _format.exemption(x.shape, x.dtype, format.with_block_size(block_size)) or 'chosen by the caller'
   name = str(x.format) if _array.is_quantized(x) else jnp.dtype(x.dtype).name
-  return MemoryRow(group, path, x.size, _array.count_bytes(x), name, exempt, update)
+  return MemoryRow(group, path, x.size, _array.count_bytes(x), name, exempt, update, loops or {})
 
 
 def _state_rows(params: _plan.Params, state: Any) -> tuple[list[MemoryRow], int]:
@@ -125,10 +145,10 @@ def _state_rows(params: _plan.Params, state: Any) -> tuple[list[MemoryRow], int]
       continue  # A Python number takes nothing of the device.
     if entry.leaf is not None:
       path = params.paths[entry.leaf]
-      rows.append(_row(entry.field, path, x, formats.get(entry.field), _format.STATE_BLOCK_SIZE, None))
+      rows.append(_row(entry.field, path, x, formats.get(entry.field), _format.STATE_BLOCK_SIZE))
     elif entry.below is not None:
       # Factors of a second moment, say: statistics of a parameter, but not of each of its elements.
-      rows.append(_row(entry.field, entry.below, x, None, _format.STATE_BLOCK_SIZE, None))
+      rows.append(_row(entry.field, entry.below, x, None, _format.STATE_BLOCK_SIZE))
     else:
       other += _array.count_bytes(x)
   return rows, other
@@ -143,7 +163,8 @@ def memory_report(
     params: the parameters, quantized or dense; arrays or ShapeDtypeStructs (from `jax.eval_shape`).
     opt_state: the state of an optimizer of this package, alone or inside Optax's wrappers, or of any Optax optimizer.
     tx: the optimizer, one of this package, to find out as well how each parameter is updated: in tiles, or, where the
-      update is not elementwise, whole, so that its dense values exist at once.
+      update is not elementwise, whole, so that its dense values exist at once; and which of the former take no kernel
+      on a GPU or TPU, and why.
     **extra_args: what the optimizer's update takes besides, such as the loss `value`; used with tx alone.
 
   Returns:
@@ -180,13 +201,18 @@ def memory_report(
       raise TypeError(f'tx must be an lpmm_optax optimizer, got {tx!r}')
     obstacles = _low_precision.obstacles_of(tx)(params, **extra_args)
     updates = {
-      path: f'whole, for {obstacles[path]}' if path in obstacles else 'in tiles'
+      path: f'whole, for {obstacles[path]}' if path in obstacles else _IN_TILES
       for path in (structure.paths[i] for i in structure.active)
     }
-  rows = [
-    _row('params', path, leaf, formats[0] if formats else None, _format.PARAM_BLOCK_SIZE, updates.get(path))
-    for path, leaf in zip(structure.paths, leaves, strict=True)
-  ]
-  state_rows, other = _state_rows(structure, _array.unwrap(opt_state))
+  state = _array.unwrap(opt_state)
+  entries, arrays, _ = _plan.entries_of(structure, state)
+  rows = []
+  for i, (path, leaf) in enumerate(zip(structure.paths, leaves, strict=True)):
+    update = updates.get(path)
+    own = [x for entry, x in zip(entries, arrays, strict=True) if entry.leaf == i and x.shape == leaf.shape]
+    loops = _driver.without_kernel([leaf, *own]) if update == _IN_TILES else {}
+    format = formats[0] if formats else None
+    rows.append(_row('params', path, leaf, format, _format.PARAM_BLOCK_SIZE, update, loops))
+  state_rows, other = _state_rows(structure, state)
   parameters = sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
   return MemoryReport(tuple(rows + state_rows), parameters, other)

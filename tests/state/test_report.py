@@ -93,3 +93,31 @@ def test_an_empty_tree_has_a_report():
   report = lpmm.memory_report({}, ())
   assert (report.bytes, report.bytes_per_param, report.reduction) == (0, 0.0, 0.0)
   assert 'total' in str(report)
+
+
+def test_leaves_that_no_kernel_takes_are_listed_with_the_reason():
+  params = lpmm.quantize(
+    {'w': jnp.ones((64, 128)), 'head': jnp.ones((4096, 10)), 'odd': jnp.ones((64, 100))}, lpmm.INT8
+  )
+  tx = lpmm.MultiSteps(lpmm.adamw(0.1), 2)
+  report = lpmm.memory_report(params, tx.init(params), tx=tx)
+  loops = {row.path: row.loops.get('cuda') for row in report.rows if row.group == 'params'}
+  assert loops == {
+    'w': None,
+    'head': 'blocks along another axis than the last',
+    'odd': 'blocks of 50, no power of two',
+  }
+  assert 'no kernel on cuda, for blocks along another axis than the last: head, 40960 elements' in str(report)
+  assert lpmm.memory_report(params, tx.init(params)).rows[0].loops == {}
+
+
+def test_a_device_checks_itself():
+  found = lpmm.self_check()
+  assert [(row.optimizer, row.driver, row.differing) for row in found.rows] == [
+    ('sgdm', 'loop', 0),
+    ('adamw', 'loop', 0),
+    ('lion', 'loop', 0),
+  ]
+  assert found.has_the_bits_of_a_cpu
+  assert found.default == 'loop'
+  assert 'sgdm        loop                    none' in str(found)
