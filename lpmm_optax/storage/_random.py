@@ -1,7 +1,7 @@
 """Random bits for stochastic rounding: one stream, a pure function of what is rounded, when, and why.
 
-Two levels. A scalar level, `jax.random` (threefry), turns the user's key, a domain, the counts of steps, and the path
-of a leaf into 64-bit words, one per slot (the parameter and each state field). An elementwise level, `random_bits`,
+Two levels. A scalar level, threefry, turns the user's key, a domain, the counts of steps, the path of a leaf and the
+slot in it (the parameter, and each state field) into 64-bit words. An elementwise level, `random_bits`,
 mixes such a word with the element's index in the whole array. The result depends on neither tile size nor sharding nor
 device count, and costs no memory of its own because XLA fuses it into the rounding.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend import random as jex_random
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,10 +38,11 @@ def raw_key(key: jax.Array | None) -> jax.Array:
     raise TypeError(f'key must be a jax.random key, got {key!r}') from error
 
 
-def _digest(path: Sequence[Any]) -> bytes:
+def _digest(path: Sequence[Any], slot: int) -> bytes:
   """8 bytes of a key path, in which 'a/b' is not a -> b; containers of any kind count by the names of their keys."""
   names = [jax.tree_util.keystr((key,), simple=True).encode() for key in path]
-  return hashlib.blake2s(b''.join(len(name).to_bytes(4, 'little') + name for name in names), digest_size=8).digest()
+  text = b''.join(len(name).to_bytes(4, 'little') + name for name in names)
+  return hashlib.blake2s(text, digest_size=8, salt=slot.to_bytes(8, 'little')).digest()
 
 
 def words(
@@ -60,16 +62,13 @@ def words(
   """
   if not paths:
     return jnp.zeros((0, slots, 2), jnp.uint32)
-  counted = jax.random.fold_in(jax.random.wrap_key_data(key, impl='threefry2x32'), domain)
-  for count in counts:
-    counted = jax.random.fold_in(counted, count)
-  hashes = np.frombuffer(b''.join(map(_digest, paths)), dtype='<u4').reshape(-1, 2)
-
-  def of_leaf(path_hash):
-    leaf_key = jax.random.fold_in(jax.random.fold_in(counted, path_hash[0]), path_hash[1])
-    return jax.random.bits(leaf_key, (slots, 2), jnp.uint32)
-
-  return jax.vmap(of_leaf)(jnp.asarray(hashes, jnp.uint32))
+  # Few calls, for each is a loop that takes as long to compile as the update of a small leaf.
+  numbers = [jnp.uint32(domain), *(count.astype(jnp.uint32) for count in counts), jnp.uint32(0)]
+  for first, second in zip(numbers[::2], numbers[1::2], strict=False):
+    key = jex_random.threefry_2x32(key, jnp.stack([first, second]))
+  digests = b''.join(_digest(path, slot) for path in paths for slot in range(slots))
+  halves = np.frombuffer(digests, dtype='<u4').reshape(-1, 2).T.astype(np.uint32)
+  return jex_random.threefry_2x32(key, jnp.asarray(halves).reshape(-1)).reshape(2, len(paths), slots).transpose(1, 2, 0)
 
 
 def _derive(word: jax.Array, number: jax.Array, what: int) -> jax.Array:
