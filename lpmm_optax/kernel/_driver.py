@@ -128,7 +128,7 @@ def update_in_place(
     whole = loop if reason else lambda *args: run_kernel(kernel, shape, [jnp.uint32(0)] * len(shape), *args)
     if not is_split:
       return None if reason else whole
-    if reason not in (None, _body.TOO_LARGE):
+    if kernel.platform not in _partition.PLATFORMS or reason not in (None, _body.TOO_LARGE):
       return None
     return _partition.by_shard(whole, functools.partial(run_shard, kernel), loop, shape, shared=2)
 

@@ -36,9 +36,8 @@ _TILE = 2**16
 _TILE_COLUMNS = 2048
 # What the scales of a tile take, as so many columns more of elements would.
 _SCALES_COLUMNS = 256
-# Elements in a block, and lanes in one: half a dozen arrays of them, twice, are a few MiB.
+# Elements in a block, or up to twice as many: half a dozen arrays of them, each twice, are a few MiB.
 _BLOCK = 2**18
-_BLOCK_COLUMNS = 2**12
 # Above, what the compiler makes of a tile has too many instructions.
 _MOST_IN_TILE = 2**17
 _SPARE_BYTES = 2**24
@@ -104,21 +103,22 @@ def _padded_size(shape: Sequence[int]) -> int:
   return math.prod(leading) * _round_up(rows, _SUBLANES) * _round_up(columns, _LANES)
 
 
-def _cut_columns(columns: int, step: int, whole_scales: int, most: int) -> tuple[int, int]:
+def _cut_columns(columns: int, step: int, whole_scales: int, at_most: int, most: int) -> tuple[int, int]:
   """The columns of a block and of a tile.
 
   Args:
     columns: of the array.
     step: of which those of a tile are a multiple, unless they are all.
     whole_scales: of which those of a block are a multiple, unless they are all.
-    most: about as many in a tile.
+    at_most: in a block, unless whole scales are longer.
+    most: in a tile, about.
   """
 
   def block_of(tile):
-    if columns % tile == 0 and columns <= _BLOCK_COLUMNS:
+    if columns % tile == 0 and columns <= at_most:
       return columns
     unit = math.lcm(tile, whole_scales)
-    return max(min(columns, _BLOCK_COLUMNS) // unit, 1) * unit if unit <= columns else None
+    return max(min(columns, at_most) // unit, 1) * unit if unit <= columns else None
 
   tiles = [*range(step, most + 1, step), *([columns] if columns <= 1.5 * most else [])]
   fitting = [tile for tile in tiles if block_of(tile)] or [columns]
@@ -148,7 +148,8 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
   whole_scales = (_SUBLANES if turns else _LANES) * column_unit if column_unit > 1 else 1
   most_scales = _LANES * min((size for axis, size in blocks if axis == len(leading) + 1), default=_TILE_COLUMNS)
   most = min(_TILE_COLUMNS, _TILE // _round_up(tile_rows, _SUBLANES), most_scales)
-  block_columns, tile_columns = _cut_columns(columns, math.lcm(_LANES, column_unit), whole_scales, most)
+  at_most = 2 * _BLOCK // _round_up(block_rows, _ROWS)
+  block_columns, tile_columns = _cut_columns(columns, math.lcm(_LANES, column_unit), whole_scales, at_most, most)
 
   # Several times as many rows, as evenly as may be, or several of the matrices.
   count, most = -(-rows // block_rows), max(_BLOCK // _padded_size((block_rows, block_columns)), 1)
@@ -281,7 +282,7 @@ def update_in_place(
         for begin, number, n in zip(begins, numbers, plan.tile, strict=True)
       ]
       index = {value: operand.index(pl, numbers) for value, operand in operands.items()}
-      new = body.evaluate(words, offsets, lambda value: (read | by_tile)[value][index[value]], rules)
+      new = body.evaluate(lambda i: words[0, i], offsets, lambda value: (read | by_tile)[value][index[value]], rules)
       for value, tile in new.items():
         (written | by_tile)[value][index[value]] = jnp.broadcast_to(tile, operands[value].tile)
 
@@ -317,7 +318,7 @@ def update_in_place(
     interpret=interpret,
     compiler_params=None if interpret else params,
     name='lpmm_update',
-  )(body.words, *(operands[value].turn(body.arrays[value]) for value in body.read))
+  )(body.words[None], *(operands[value].turn(body.arrays[value]) for value in body.read))
   new = [operands[value].turn(x) for value, x in zip(body.written, new, strict=True)]
   return jax.tree.unflatten(jax.tree.structure(writes), new)
 

@@ -171,7 +171,7 @@ def _update_lot(body: _body.Body, shape: tuple[int, ...], lot: Lot, is_only: boo
     ref_of = dict(zip(passed, refs[: len(passed)], strict=True))
     steps = [pl.program_id(axis).astype(jnp.uint32) + jnp.uint32(first) for axis, first in enumerate(lot.first)]
     offsets = [step * jnp.uint32(n) for step, n in zip(steps, lot.tile, strict=True)]
-    new = body.evaluate(words, offsets, lambda value: ref_of[value][...], rules)
+    new = body.evaluate(lambda i: words[i], offsets, lambda value: ref_of[value][...], rules)
     for ref, tile in zip(refs[len(passed) :], new.values(), strict=True):
       ref[...] = jnp.broadcast_to(tile, ref.shape)
 

@@ -83,7 +83,7 @@ def test_what_is_vmapped_under_automatic_sharding_is_the_loop(interpreted):
   [
     ((2048, 2048), [(1, 64), (1, 128)], (128, 2048), (32, 2048), True),
     ((50257, 768), [(1, 64), (1, 128)], (256, 768), (32, 768), True),
-    ((768, 50257), [(0, 64), (0, 128)], (768, 4096), (128, 512), False),
+    ((768, 50257), [(0, 64), (0, 128)], (768, 512), (128, 512), False),
     ((32, 4096, 14336), [(2, 64), (2, 128)], (1, 128, 4096), (1, 32, 2048), True),
     ((100, 16384), [(1, 64), (1, 128)], (32, 16384), (32, 2048), False),
     ((3, 3, 512, 512), [(3, 64)], (1, 1, 512, 512), (1, 1, 32, 512), True),
@@ -91,7 +91,7 @@ def test_what_is_vmapped_under_automatic_sharding_is_the_loop(interpreted):
     ((7, 7, 3, 64), [(3, 64)], (1, 4, 3, 64), (1, 4, 3, 64), False),
     ((2048, 1000), [(1, 50), (1, 125)], (256, 1000), (32, 1000), True),
     ((4096, 11008), [(1, 64), (1, 128)], (128, 5120), (32, 1280), True),
-    ((768, 1301), [(0, 64), (0, 128)], (768, 1024), (128, 512), False),
+    ((768, 1301), [(0, 64), (0, 128)], (768, 512), (128, 512), False),
     ((64, 4096), [(1, 8)], (64, 4096), (32, 1024), False),
   ],
 )
@@ -144,9 +144,16 @@ def on_a_v5e():
 )
 def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, shape):
   monkeypatch.setenv('LPMM_KERNEL', '1')
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   with on_a_v5e():
     lowered = updates.lower_for(name, format, shape, ('tpu', 'cpu', 'rocm'))
   assert [platform for platform, text in lowered.items() if 'tpu_custom_call' in text] == ['tpu']
+
+
+def test_what_xla_may_split_over_tpus_is_the_loop(monkeypatch):
+  monkeypatch.setenv('LPMM_KERNEL', '1')
+  with on_a_v5e():
+    assert 'tpu_custom_call' not in updates.lower_for('sgdm', lpmm.INT8, updates.SHAPE, ['tpu'])['tpu']
 
 
 @pytest.mark.parametrize('is_sharded', slow(True, False))
