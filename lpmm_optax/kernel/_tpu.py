@@ -4,8 +4,8 @@ XLA on a TPU pads every array to vectors of 8 rows and 128 lanes, so that the lo
 four times the memory and the time, and goes through memory besides. One kernel moves each array once, and computes in
 the lane view, in tiles of a few vectors. While it computes one block, Pallas fetches the next and writes the last one.
 
-Blocks and tiles of an array with block scales are as long as whole scales are. Vectors of scales would be cut at any
-lane or row, which only a static slice can do: so a block's scales are laid out by tile first, and gathered last.
+A tile's scales begin at any lane or row of a vector, where only a static slice can cut it: so the scales of a block are
+laid out by tile first, and gathered last.
 """
 
 from collections.abc import Callable
@@ -51,8 +51,8 @@ class Plan(NamedTuple):
   Attributes:
     block: the shape of what is in fast memory at a time; the last one along an axis may reach beyond the array.
     tile: the shape of what is computed at a time; blocks are made of whole tiles.
-    turns: whether scales of blocks along the last axis come and go with their last two axes swapped: XLA stores an
-      array of less than 128 columns so that they are rows, and would copy it, padded, otherwise.
+    turns: whether scales of blocks along the last axis come and go with their last two axes swapped, as XLA stores an
+      array of few columns; it would copy it, padded to 128 columns, otherwise.
   """
 
   block: tuple[int, ...]
@@ -136,7 +136,6 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
   *leading, rows, columns = shape
   unit_of = lambda axis: math.lcm(*(size for a, size in blocks if a == axis))
   row_unit, column_unit = unit_of(len(shape) - 2), unit_of(len(shape) - 1)
-
   turns = column_unit > 1 and rows >= _LANES
 
   # A tile has whole vectors of elements; a block, unless it is as long as the array, has whole vectors of scales too.
@@ -160,7 +159,7 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
     fitting = max(_TILE // _padded_size((tile_rows, tile_columns)), 1)
     tile[-1] = 1 << (min(fitting, leading[-1]).bit_length() - 1)
     block[-1] = tile[-1] * max(min(most, leading[-1]) // tile[-1], 1)
-  return Plan((*block, block_rows, block_columns), (*tile, tile_rows, tile_columns), turns and block_rows >= _LANES)
+  return Plan((*block, block_rows, block_columns), (*tile, tile_rows, tile_columns), turns)
 
 
 @dataclasses.dataclass(frozen=True)
