@@ -71,6 +71,7 @@ def chosen() -> tuple[Kernel, ...]:
 
 def update_in_place(
   kernels: Sequence[Kernel],
+  sharding: jax.sharding.NamedSharding | None,
   leaves: Sequence[Any],
   stages: _tiles.MakeStages,
   tilings: list[_tiles.Tiling],
@@ -83,6 +84,7 @@ def update_in_place(
 
   Args:
     kernels: what may run it, besides the loop.
+    sharding: of the leaf, where types say it.
     leaves: whose arrays `reads` and `writes` are, QuantizedArrays and dense arrays of one shape.
     stages: of the update.
     tilings: of the leaf, for the loop.
@@ -128,7 +130,11 @@ def update_in_place(
     whole = loop if reason else lambda *args: run_kernel(kernel, shape, [jnp.uint32(0)] * len(shape), *args)
     if not is_split:
       return None if reason else whole
-    if kernel.platform not in _partition.PLATFORMS or reason not in (None, _body.TOO_LARGE):
+    if reason not in (None, _body.TOO_LARGE):
+      return None
+    if sharding is not None:
+      return _partition.by_known_shard(functools.partial(run_shard, kernel), sharding, shape, shared=2)
+    if kernel.platform not in _partition.PLATFORMS:
       return None
     return _partition.by_shard(whole, functools.partial(run_shard, kernel), loop, shape, shared=2)
 

@@ -1,8 +1,11 @@
 """The kernel, interpreted on a CPU, gives the loop's bits wherever it runs; it is lowered for TPUs alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import pytest
 from runs import slow
@@ -150,10 +153,14 @@ def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, sha
   assert [platform for platform, text in lowered.items() if 'tpu_custom_call' in text] == ['tpu']
 
 
-def test_what_xla_may_split_over_tpus_is_the_loop(monkeypatch):
+@pytest.mark.parametrize(('axis_type', 'is_kernel'), [(AxisType.Auto, False), *slow((AxisType.Explicit, True))])
+def test_of_several_tpus_types_must_say_how_arrays_are_split(monkeypatch, axis_type, is_kernel):
   monkeypatch.setenv('LPMM_KERNEL', '1')
-  with on_a_v5e():
-    assert 'tpu_custom_call' not in updates.lower_for('sgdm', lpmm.INT8, updates.SHAPE, ['tpu'])['tpu']
+  mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(axis_type,) * 2)
+  place = functools.partial(jax.device_put, device=NamedSharding(mesh, P('x', 'y')))
+  with jax.set_mesh(mesh):
+    lowered = updates.lower_for('sgdm', lpmm.Format(block_size=16), (64, 512), ['tpu'], place)
+  assert ('tpu_custom_call' in lowered['tpu']) == is_kernel
 
 
 @pytest.mark.parametrize('is_sharded', slow(True, False))
