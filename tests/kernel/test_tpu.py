@@ -34,7 +34,7 @@ INTERPRETED = 'interpret_tpu'
       ('sgdm', lpmm.INT16, (4, 64, 256), 'step'),
       ('sgdm', lpmm.BFLOAT16, (3, 3, 64, 64), 'update'),
       ('sgdm without feedback', lpmm.INT8, (509, 64), 'update'),
-      ('adamw', lpmm.INT16, (3, 3, 64, 64), 'step'),
+      ('adamw', lpmm.INT16, (512, 512), 'step'),
       ('adamw', lpmm.INT8, (768, 1301), 'step'),
       ('adamw', lpmm.BFLOAT16, (130, 200), 'step'),
       ('lion', lpmm.INT8, (40, 12, 64), 'step'),
