@@ -142,10 +142,10 @@ def check_bits_vmapped(interpreted):
   assert_same_bits(run(), expected)
 
 
-def lower_for(name, format, shape, platforms):
+def lower_for(name, format, shape, platforms, place=lambda x: x):
   """The text of a step lowered for each platform."""
-  tx, params = OPTIMIZERS[name](), start(format, shape)
-  traced = jax.jit(functools.partial(lpmm.step, tx)).trace(gradient(0, shape), params, tx.init(params))
+  tx, params = OPTIMIZERS[name](), place(start(format, shape))
+  traced = jax.jit(functools.partial(lpmm.step, tx)).trace(place(gradient(0, shape)), params, tx.init(params))
   return {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in platforms}
 
 

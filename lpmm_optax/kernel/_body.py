@@ -67,7 +67,7 @@ class Body:
 
   def evaluate(
     self,
-    words: Any,
+    word: Callable[[int], jax.Array],
     offsets: Sequence[Any],
     tile: Callable[[int], jax.Array],
     rules: Mapping[str, Callable],
@@ -75,7 +75,7 @@ class Body:
     """The new tiles, by value of the array.
 
     Args:
-      words: gives the words by their index, within the kernel.
+      word: gives one of the words, within the kernel.
       offsets: per axis, uint32[], where the tile begins in the arrays.
       tile: gives the tile of an array by its value.
       rules: by name of an operation, what stands in for it where the kernel's language lacks it.
@@ -84,7 +84,7 @@ class Body:
     def argument(value):
       if value in self.arrays:
         return tile(value)
-      x = _from_word(words[self._word_of[value]], self._graph.avals[value].dtype)
+      x = _from_word(word(self._word_of[value]), self._graph.avals[value].dtype)
       return x + offsets[self._axis_of[value]] if value in self._axis_of else x
 
     outputs = self._graph.outputs

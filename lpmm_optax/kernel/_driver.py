@@ -83,6 +83,7 @@ def without_kernel(leaves: Sequence[Any]) -> dict[str, str]:
 
 def update_in_place(
   kernels: Sequence[Kernel],
+  sharding: jax.sharding.NamedSharding | None,
   leaves: Sequence[Any],
   stages: _tiles.MakeStages,
   tilings: list[_tiles.Tiling],
@@ -95,6 +96,7 @@ def update_in_place(
 
   Args:
     kernels: what may run it, besides the loop.
+    sharding: of the leaf, where types say it.
     leaves: whose arrays `reads` and `writes` are, QuantizedArrays and dense arrays of one shape.
     stages: of the update.
     tilings: of the leaf, for the loop.
@@ -142,6 +144,10 @@ def update_in_place(
     if not is_split:
       return None if reason else whole
     if reason not in (None, _body.TOO_LARGE):
+      return None
+    if sharding is not None:
+      return _partition.by_known_shard(functools.partial(run_shard, kernel), sharding, shape, shared=2)
+    if kernel.platform not in _partition.PLATFORMS:
       return None
     return _partition.by_shard(whole, functools.partial(run_shard, kernel), loop, shape, shared=2)
 

@@ -1,7 +1,8 @@
-"""A kernel under automatic sharding: each device runs it on its shard.
+"""A kernel on sharded arrays: each device runs it on its shard.
 
 XLA cannot split a kernel that it does not know, so it would gather every array on every device. Here it is told how:
-`jax.custom_partitioning` runs the kernel on shards, with the coordinates at which each begins.
+the kernel runs on shards, with the coordinates at which each begins, in `jax.shard_map` where types say how arrays are
+sharded, and else in `jax.custom_partitioning`, which asks XLA.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,32 @@ from jax.experimental import custom_partitioning
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+
+# Whose compilers call back to split what they do not know; that for TPUs does not: jax-ml/jax issue 38196.
+PLATFORMS = frozenset({'cpu', 'cuda'})
+
+
+def by_known_shard(run_shard: Callable, sharding: NamedSharding, shape: tuple[int, ...], shared: int) -> Callable:
+  """`run_shard` on each shard of arrays that are sharded alike, as near to `sharding` as their shapes allow.
+
+  Args:
+    run_shard: as for `by_shard`.
+    sharding: on the current mesh, whose axes are automatic.
+    shape: of the leaf.
+    shared: as for `by_shard`.
+  """
+
+  def call(*args):
+    spec = _even(sharding.mesh, sharding.spec, [shape, *(x.shape for x in jax.tree.leaves(args[shared:]))])
+
+    def local(*args):
+      return run_shard(*_place(sharding.mesh, spec, shape), *args)
+
+    split = PartitionSpec(*spec)
+    specs = (PartitionSpec(),) * shared + (split,) * (len(args) - shared)
+    return jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(*args)
+
+  return call
 
 
 def by_shard(
@@ -44,14 +71,11 @@ def by_shard(
       del result_shape
       whole = next(x for x in arg_shapes[first:] if x.shape == shape)
       spec = _even(mesh, whole.sharding.spec, [x.shape for x in arg_shapes[first:]])
-      parts = [_parts(mesh, names) for names in spec]
 
       def lower(*flat):
-        local = tuple(n // k for n, k in zip(shape, parts, strict=True))
         # What XLA calls back runs under the mesh of whoever compiles, whose explicit axes do not concern a shard.
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-          origin = [_index(mesh, names) * jnp.uint32(n) for names, n in zip(spec, local, strict=True)]
-          return tuple(jax.tree.leaves(run_shard(local, origin, *jax.tree.unflatten(tree, flat))))
+          return tuple(jax.tree.leaves(run_shard(*_place(mesh, spec, shape), *jax.tree.unflatten(tree, flat))))
 
       split, replicated = NamedSharding(mesh, PartitionSpec(*spec)), NamedSharding(mesh, PartitionSpec())
       args = (replicated,) * first + (split,) * (len(flat) - first)
@@ -90,6 +114,12 @@ def _index(mesh: Any, names: Any) -> jax.Array:
   for name in _names(names):
     index = index * jnp.uint32(mesh.shape[name]) + lax.axis_index(name).astype(jnp.uint32)
   return index
+
+
+def _place(mesh: Any, spec: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[int, ...], list[jax.Array]]:
+  """The shape of this device's shard, and per axis the coordinate of its first element, uint32[]."""
+  local = tuple(n // _parts(mesh, names) for n, names in zip(shape, spec, strict=True))
+  return local, [_index(mesh, names) * jnp.uint32(n) for names, n in zip(spec, local, strict=True)]
 
 
 def _even(mesh: Any, spec: PartitionSpec, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:

@@ -4,8 +4,8 @@ XLA on a TPU pads every array to vectors of 8 rows and 128 lanes, so that the lo
 four times the memory and the time, and goes through memory besides. One kernel moves each array once, and computes in
 the lane view, in tiles of a few vectors. While it computes one block, Pallas fetches the next and writes the last one.
 
-Blocks and tiles of an array with block scales are as long as whole scales are. Vectors of scales would be cut at any
-lane or row, which only a static slice can do: so a block's scales are laid out by tile first, and gathered last.
+A tile's scales begin at any lane or row of a vector, where only a static slice can cut it: so the scales of a block are
+laid out by tile first, and gathered last.
 """
 
 from collections.abc import Callable
@@ -30,12 +30,14 @@ _ROWS = 32
 _SUBLANES = 8
 _LANES = 128
 
-# Elements in a tile, and lanes in one of few rows: fewer leave lanes of the scales empty, more leave the registers.
-_TILE = 2**15
-_TILE_COLUMNS = 1024
-# Elements in a block, and lanes in one: half a dozen arrays of them, twice, are a few MiB.
+# Elements in a tile, and columns in one of few rows. Compiled for a v5e, sgdm takes .051, .043, .039 and .036 cycles a
+# parameter in 512, 1024, 2048 and 4096 columns, as scales fill more of their lanes, and longer to compile.
+_TILE = 2**16
+_TILE_COLUMNS = 2048
+# What the scales of a tile take, as so many columns more of elements would.
+_SCALES_COLUMNS = 256
+# Elements in a block, or up to twice as many: half a dozen arrays of them, each twice, are a few MiB.
 _BLOCK = 2**18
-_BLOCK_COLUMNS = 2**12
 # Above, what the compiler makes of a tile has too many instructions.
 _MOST_IN_TILE = 2**17
 _SPARE_BYTES = 2**24
@@ -49,8 +51,8 @@ class Plan(NamedTuple):
   Attributes:
     block: the shape of what is in fast memory at a time; the last one along an axis may reach beyond the array.
     tile: the shape of what is computed at a time; blocks are made of whole tiles.
-    turns: whether scales of blocks along the last axis come and go with their last two axes swapped: XLA stores an
-      array of less than 128 columns so that they are rows, and would copy it, padded, otherwise.
+    turns: whether scales of blocks along the last axis come and go with their last two axes swapped, as XLA stores an
+      array of few columns; it would copy it, padded to 128 columns, otherwise.
   """
 
   block: tuple[int, ...]
@@ -101,9 +103,27 @@ def _padded_size(shape: Sequence[int]) -> int:
   return math.prod(leading) * _round_up(rows, _SUBLANES) * _round_up(columns, _LANES)
 
 
-def _largest_part(n: int, unit: int, at_most: int) -> int:
-  """The largest multiple of a unit that divides n and is not above `at_most`, or else n."""
-  return next((d for d in range(max(at_most // unit, 1) * unit, 0, -unit) if n % d == 0), n)
+def _cut_columns(columns: int, step: int, whole_scales: int, at_most: int, most: int) -> tuple[int, int]:
+  """The columns of a block and of a tile.
+
+  Args:
+    columns: of the array.
+    step: of which those of a tile are a multiple, unless they are all.
+    whole_scales: of which those of a block are a multiple, unless they are all.
+    at_most: in a block, unless whole scales are longer.
+    most: in a tile, about.
+  """
+
+  def block_of(tile):
+    if columns % tile == 0 and columns <= at_most:
+      return columns
+    unit = math.lcm(tile, whole_scales)
+    return max(min(columns, at_most) // unit, 1) * unit if unit <= columns else None
+
+  tiles = [*range(step, most + 1, step), *([columns] if columns <= 1.5 * most else [])]
+  fitting = [tile for tile in tiles if block_of(tile)] or [columns]
+  tile = min(fitting, key=lambda tile: -(-columns // tile) * (tile + _SCALES_COLUMNS))
+  return block_of(tile) or columns, tile
 
 
 def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Plan:
@@ -116,7 +136,6 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
   *leading, rows, columns = shape
   unit_of = lambda axis: math.lcm(*(size for a, size in blocks if a == axis))
   row_unit, column_unit = unit_of(len(shape) - 2), unit_of(len(shape) - 1)
-
   turns = column_unit > 1 and rows >= _LANES
 
   # A tile has whole vectors of elements; a block, unless it is as long as the array, has whole vectors of scales too.
@@ -125,11 +144,11 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
   block_rows = min(rows, aligned)
   tile_rows = step if block_rows % step == 0 else rows
 
-  step = math.lcm(_LANES, column_unit)
-  most = max(min(_TILE_COLUMNS, _TILE // _round_up(tile_rows, _SUBLANES)), step)
-  aligned = math.lcm(most, (_SUBLANES if turns else _LANES) * column_unit if column_unit > 1 else 1)
-  block_columns = min(columns, max(_BLOCK_COLUMNS // aligned, 1) * aligned)
-  tile_columns = _largest_part(block_columns, step, most)
+  whole_scales = (_SUBLANES if turns else _LANES) * column_unit if column_unit > 1 else 1
+  most_scales = _LANES * min((size for axis, size in blocks if axis == len(leading) + 1), default=_TILE_COLUMNS)
+  most = min(_TILE_COLUMNS, _TILE // _round_up(tile_rows, _SUBLANES), most_scales)
+  at_most = 2 * _BLOCK // _round_up(block_rows, _ROWS)
+  block_columns, tile_columns = _cut_columns(columns, math.lcm(_LANES, column_unit), whole_scales, at_most, most)
 
   # Several times as many rows, as evenly as may be, or several of the matrices.
   count, most = -(-rows // block_rows), max(_BLOCK // _padded_size((block_rows, block_columns)), 1)
@@ -140,7 +159,7 @@ def choose_plan(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Pl
     fitting = max(_TILE // _padded_size((tile_rows, tile_columns)), 1)
     tile[-1] = 1 << (min(fitting, leading[-1]).bit_length() - 1)
     block[-1] = tile[-1] * max(min(most, leading[-1]) // tile[-1], 1)
-  return Plan((*block, block_rows, block_columns), (*tile, tile_rows, tile_columns), turns and block_rows >= _LANES)
+  return Plan((*block, block_rows, block_columns), (*tile, tile_rows, tile_columns), turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +282,7 @@ def update_in_place(
         for begin, number, n in zip(begins, numbers, plan.tile, strict=True)
       ]
       index = {value: operand.index(pl, numbers) for value, operand in operands.items()}
-      new = body.evaluate(words, offsets, lambda value: (read | by_tile)[value][index[value]], rules)
+      new = body.evaluate(lambda i: words[0, i], offsets, lambda value: (read | by_tile)[value][index[value]], rules)
       for value, tile in new.items():
         (written | by_tile)[value][index[value]] = jnp.broadcast_to(tile, operands[value].tile)
 
@@ -299,7 +318,7 @@ def update_in_place(
     interpret=interpret,
     compiler_params=None if interpret else params,
     name='lpmm_update',
-  )(body.words, *(operands[value].turn(body.arrays[value]) for value in body.read))
+  )(body.words[None], *(operands[value].turn(body.arrays[value]) for value in body.read))
   new = [operands[value].turn(x) for value, x in zip(body.written, new, strict=True)]
   return jax.tree.unflatten(jax.tree.structure(writes), new)
 

@@ -154,7 +154,8 @@ def _update_lot(body: _body.Body, size: int, lot: Lot, is_only: bool, interpret:
   def kernel(words, *refs):
     ref_of = dict(zip(passed, refs[: len(passed)], strict=True))
     number = pl.program_id(0).astype(jnp.uint32) + jnp.uint32(lot.first)
-    new = body.evaluate(words, [number * jnp.uint32(lot.tile)], lambda value: ref_of[value][...], rules)
+    offsets = [number * jnp.uint32(lot.tile)]
+    new = body.evaluate(lambda i: words[i], offsets, lambda value: ref_of[value][...], rules)
     for ref, tile in zip(refs[len(passed) :], new.values(), strict=True):
       ref[...] = jnp.broadcast_to(tile, ref.shape)
 

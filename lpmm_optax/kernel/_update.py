@@ -46,6 +46,7 @@ class LeafUpdate:
     tile_size: in elements.
     shard_axes: manual axes over which the leaf is sharded, besides those along which its arrays are known to vary.
     kernels: what may run it, besides the loop.
+    sharding: of the leaf, where types say it.
   """
 
   program: _program.Program | None
@@ -57,6 +58,7 @@ class LeafUpdate:
   in_place: bool = True
   is_difference: bool = False
   kernels: tuple[_driver.Kernel, ...] = dataclasses.field(default_factory=_driver.chosen)
+  sharding: jax.sharding.NamedSharding | None = None
 
 
 class _Values(NamedTuple):
@@ -179,7 +181,9 @@ def update_leaf(
     writes = _tiles.update_in_place(stages, tilings, blocks, shared, zero, only_read, writes, fused=True)
   else:
     leaves = [leaf for leaf in (*slots, gradient.accumulated, gradient.recent, *reads) if leaf is not None]
-    writes = _driver.update_in_place(static.kernels, leaves, stages, tilings, shared, zero, only_read, writes)
+    writes = _driver.update_in_place(
+      static.kernels, static.sharding, leaves, stages, tilings, shared, zero, only_read, writes
+    )
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
@@ -202,6 +206,12 @@ def accumulate_leaf(
   """
   recent = dataclasses.replace(gradient, accumulated=None)
   return update_leaf(static, recent, gradient.accumulated, word[None], zero, start=start)[0]
+
+
+def follow(update: Callable, static: LeafUpdate, template: jax.Array, *args: Any) -> Any:
+  """`update(static, *args)`, by `update_leaf` or `accumulate_leaf`, with results that are sharded as a template is."""
+  static = dataclasses.replace(static, sharding=_mesh.explicit_sharding(template))
+  return _mesh.follow(functools.partial(update, static), template, *args)
 
 
 def _least(dtype: Any) -> Any:

@@ -28,7 +28,8 @@ def _correct_first_moment(
   # Of all errors the same part is fed back: cut to size one by one, they would not be zero in the mean any more.
   least = jnp.maximum(grid_step / _LARGEST_CHANGE, jnp.finfo(grid_step.dtype).tiny)
   divisor = jnp.where(hyper['reach'] < 0, -1.0, 1.0) * jnp.maximum(jnp.abs(hyper['reach']), least)
-  mu = mu - scale * error / divisor
+  # Whether XLA divides or takes a reciprocal would depend on whether a view of tiles shows that blocks share a divisor.
+  mu = mu - scale * error * (1.0 / divisor)
   # Where the second moment is zero, the least code of a first moment would be a step without bound.
   return fields | {'mu': jnp.where(nu > 0, mu, 0.0)}
 

@@ -415,8 +415,9 @@ class LowPrecision:
       if any(_array.is_quantized(x) for x in (leaves[i], *fields)):
         values = jax.tree.map(functools.partial(_without_derivative, structure.paths[i]), values)
       gradient, reads, scalars = values
-      new_leaves[i], new_fields = _mesh.follow(
-        functools.partial(_update.update_leaf, static),
+      new_leaves[i], new_fields = _update.follow(
+        _update.update_leaf,
+        static,
         _array.stored(leaves[i]).codes,
         gradient,
         leaves[i],

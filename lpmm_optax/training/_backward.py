@@ -20,7 +20,6 @@ import optax
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _update
 from lpmm_optax.storage import _array
-from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
 from lpmm_optax.trace import _plan
 from lpmm_optax.trace import _program
@@ -82,8 +81,9 @@ class Sink:
     uses = dynamic['uses'][...]
     use = jnp.max(_slice(uses, start))
     dynamic['uses'][...] = _with_slice(uses, jnp.full(shape[axes:-1], use + 1), start)
-    new = _mesh.follow(
-      functools.partial(_update.accumulate_leaf, self.accumulation),
+    new = _update.follow(
+      _update.accumulate_leaf,
+      self.accumulation,
       target.codes,
       _gradient.Gradient(target, gradient, weight),
       _random.of_use(dynamic['word'], use),

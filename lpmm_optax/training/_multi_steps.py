@@ -190,8 +190,9 @@ class Microbatches:
     targets, words = self.targets(structure, state), self.words(structure, state)
     zero = _program.runtime_zero(_program.hidden(state.mini_step))
     for i, recent in gradients.items():
-      targets[i] = _mesh.follow(
-        functools.partial(_update.accumulate_leaf, self.accumulation(structure, i)),
+      targets[i] = _update.follow(
+        _update.accumulate_leaf,
+        self.accumulation(structure, i),
         _array.stored(targets[i]).codes,
         self.gradient(state, targets[i], recent),
         words[i],

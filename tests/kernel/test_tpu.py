@@ -1,8 +1,11 @@
 """The kernel, interpreted on a CPU, gives the loop's bits wherever it runs; it is lowered for TPUs alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import pytest
 from runs import slow
@@ -24,14 +27,14 @@ INTERPRETED = 'interpret_tpu'
     *slow(
       ('sgdm', lpmm.INT8, updates.SHAPE, 'step'),
       ('sgdm', lpmm.INT8, (256, 1024), 'step'),
-      ('sgdm', lpmm.INT8, (300, 2176), 'step'),
-      ('sgdm', lpmm.INT8, (40, 4224), 'update'),
+      ('sgdm', lpmm.INT8, (300, 6400), 'step'),
+      ('sgdm', lpmm.INT8, (40, 6400), 'update'),
       ('sgdm', lpmm.INT8, (50, 1000), 'step'),
       ('sgdm', lpmm.INT8, (7, 7, 3, 64), 'update'),
       ('sgdm', lpmm.INT16, (4, 64, 256), 'step'),
       ('sgdm', lpmm.BFLOAT16, (3, 3, 64, 64), 'update'),
       ('sgdm without feedback', lpmm.INT8, (509, 64), 'update'),
-      ('adamw', lpmm.INT16, (3, 3, 64, 64), 'step'),
+      ('adamw', lpmm.INT16, (512, 512), 'step'),
       ('adamw', lpmm.INT8, (768, 1301), 'step'),
       ('adamw', lpmm.BFLOAT16, (130, 200), 'step'),
       ('lion', lpmm.INT8, (40, 12, 64), 'step'),
@@ -81,15 +84,18 @@ def test_what_is_vmapped_under_automatic_sharding_is_the_loop(interpreted):
 @pytest.mark.parametrize(
   ('shape', 'blocks', 'block', 'tile', 'turns'),
   [
-    ((2048, 2048), [(1, 64), (1, 128)], (128, 2048), (32, 1024), True),
+    ((2048, 2048), [(1, 64), (1, 128)], (128, 2048), (32, 2048), True),
     ((50257, 768), [(1, 64), (1, 128)], (256, 768), (32, 768), True),
-    ((768, 50257), [(0, 64), (0, 128)], (768, 4096), (128, 256), False),
-    ((32, 4096, 14336), [(2, 64), (2, 128)], (1, 128, 4096), (1, 32, 1024), True),
-    ((100, 16384), [(1, 64), (1, 128)], (32, 16384), (32, 1024), False),
+    ((768, 50257), [(0, 64), (0, 128)], (768, 512), (128, 512), False),
+    ((32, 4096, 14336), [(2, 64), (2, 128)], (1, 128, 4096), (1, 32, 2048), True),
+    ((100, 16384), [(1, 64), (1, 128)], (32, 16384), (32, 2048), False),
     ((3, 3, 512, 512), [(3, 64)], (1, 1, 512, 512), (1, 1, 32, 512), True),
-    ((768, 12, 64), [(2, 64)], (128, 12, 64), (16, 12, 64), False),
+    ((768, 12, 64), [(2, 64)], (128, 12, 64), (32, 12, 64), False),
     ((7, 7, 3, 64), [(3, 64)], (1, 4, 3, 64), (1, 4, 3, 64), False),
     ((2048, 1000), [(1, 50), (1, 125)], (256, 1000), (32, 1000), True),
+    ((4096, 11008), [(1, 64), (1, 128)], (128, 5120), (32, 1280), True),
+    ((768, 1301), [(0, 64), (0, 128)], (768, 512), (128, 512), False),
+    ((64, 4096), [(1, 8)], (64, 4096), (32, 1024), False),
   ],
 )
 def test_blocks_and_tiles_cut_no_block_of_scales(shape, blocks, block, tile, turns):
@@ -110,8 +116,8 @@ def test_what_the_kernel_cannot_do_has_a_reason():
   assert reason((131072,), lpmm.INT8) == 'one axis alone'
   assert reason((64, 3, 5), lpmm.INT8) == 'blocks along a leading axis'
   assert reason((100, 7), lpmm.INT8) == 'blocks of 50 rows, no multiple of 8'
-  reason_of_4000 = 'no small tile of rows of 4000 has whole blocks and vectors'
-  assert reason((64, 4000), lpmm.Format(block_size=10)) == reason_of_4000
+  reason_of_5000 = 'no small tile of rows of 5000 has whole blocks and vectors'
+  assert reason((64, 5000), lpmm.Format(block_size=50)) == reason_of_5000
   large = jax.eval_shape(lambda: updates.start(shape=(2**16, 2**16)))['w']
   assert _tpu.why_not([large]) == _body.TOO_LARGE
   assert _tpu.why_not([large], (2**13, 2**16)) is None
@@ -141,9 +147,20 @@ def on_a_v5e():
 )
 def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, shape):
   monkeypatch.setenv('LPMM_KERNEL', '1')
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   with on_a_v5e():
     lowered = updates.lower_for(name, format, shape, ('tpu', 'cpu', 'rocm'))
   assert [platform for platform, text in lowered.items() if 'tpu_custom_call' in text] == ['tpu']
+
+
+@pytest.mark.parametrize(('axis_type', 'is_kernel'), [(AxisType.Auto, False), *slow((AxisType.Explicit, True))])
+def test_of_several_tpus_types_must_say_how_arrays_are_split(monkeypatch, axis_type, is_kernel):
+  monkeypatch.setenv('LPMM_KERNEL', '1')
+  mesh = jax.make_mesh((4, 2), ('x', 'y'), axis_types=(axis_type,) * 2)
+  place = functools.partial(jax.device_put, device=NamedSharding(mesh, P('x', 'y')))
+  with jax.set_mesh(mesh):
+    lowered = updates.lower_for('sgdm', lpmm.Format(block_size=16), (64, 512), ['tpu'], place)
+  assert ('tpu_custom_call' in lowered['tpu']) == is_kernel
 
 
 @pytest.mark.parametrize('is_sharded', slow(True, False))
