@@ -354,15 +354,17 @@ def by_key(rows: list[Row]) -> dict[Key, Row]:
   return {(row['target'], row['model'], row['method']): row for row in rows}
 
 
-def select(targets: list[str], only: list[str], done: dict[Key, Row]) -> dict[tuple[str, str], list[str]]:
+def select(
+  targets: list[str], only: list[str], skip: list[str], done: dict[Key, Row]
+) -> dict[tuple[str, str], list[str]]:
   """What is to be made: methods by target and model."""
   wanted: dict[tuple[str, str], list[str]] = {}
   for target in targets:
     for model in STEPS + TRAINED:
       for name in METHODS:
-        text = f'{target} | {model} | {name}'
-        matches = all(fnmatch.fnmatch(text, f'*{pattern}*') for pattern in only)
-        if fits(model, name) and matches and (target, model, name) not in done:
+        key = target, model, name
+        matches = lambda pattern, key=key: fnmatch.fnmatch(' | '.join(key), f'*{pattern}*')
+        if fits(model, name) and all(map(matches, only)) and not any(map(matches, skip)) and key not in done:
           wanted.setdefault((target, model), []).append(name)
   return wanted
 
@@ -488,6 +490,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add('--targets', nargs='+', choices=TARGETS, metavar='TARGET', help=f'of {", ".join(TARGETS)} (default: installed)')
   add('--only', nargs='+', default=[], metavar='PATTERN', help='rows whose "target | model | method" has all of these')
+  add('--skip', nargs='+', default=[], metavar='PATTERN', help='not rows that have one of these')
   add('--output', type=Path, default=DEFAULT_RESULTS, metavar='FILE', help='(default %(default)s)')
   add('--again', action='store_true', help='make rows that are in the file, too')
   add('--seconds', type=float, default=600, help='for one row (default %(default)s)')
@@ -515,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
       save_plot(args.plot, rows)
     return 0
   done = {} if args.again else by_key(read(args.output))
-  for row in run(select(targets, args.only, done), args.seconds):
+  for row in run(select(targets, args.only, args.skip, done), args.seconds):
     append(args.output, [row])
   return 0
 
