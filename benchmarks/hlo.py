@@ -20,14 +20,11 @@ import re
 from typing import NamedTuple
 
 BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}
-# They start nothing: the end of an asynchronous operation is counted at its start.
+# They run nothing.
 FREE = {
   'after-all',
-  'async-done',
-  'async-update',
   'bitcast',
   'constant',
-  'copy-done',
   'get-tuple-element',
   'opt-barrier',
   'parameter',
@@ -83,8 +80,23 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
       root, name, type, opcode, operands, rest = found.groups()
       # A parameter's "operand" is its number.
       names = re.findall(r'%?([\w.\-]+)', re.sub(r'/\*.*?\*/', '', operands))
+      if opcode.endswith('-start') and opcode not in ('async-start', 'copy-start'):
+        # In the background: the type is of operands, result and what identifies it.
+        opcode, type = opcode.removesuffix('-start'), elements(type)[1]
       current[name] = Op(name, type, opcode, names, rest, root is not None)
   return computations, entry
+
+
+def elements(type: str) -> list[str]:
+  """The types in that of a tuple."""
+  out, depth = [''], 0
+  for character in re.sub(r'/\*.*?\*/', '', type)[1:-1]:
+    depth += (character in '([{') - (character in ')]}')
+    if character == ',' and depth == 0:
+      out.append('')
+    else:
+      out[-1] += character
+  return [element.strip() for element in out]
 
 
 def array_sizes(type: str, on_chip: bool = False) -> list[float]:
@@ -166,7 +178,7 @@ class Program:
         total.add(max(map(self._count, names), key=lambda counts: counts.bytes))
       elif op.opcode in ('call', 'async-start'):
         total.add(self._count(*(op.called('to_apply') or op.called('calls'))))
-      elif op.opcode not in FREE:
+      elif op.opcode not in FREE and not op.opcode.endswith(('-done', '-update')):
         total.add(self._count_kernel(computation, op))
     return total
 
@@ -187,7 +199,7 @@ class Program:
     if op.opcode != 'fusion':
       return op.opcode in ('copy', 'copy-start')
     inner = self.computations[op.called('calls')[0]].values()
-    return {other.opcode for other in inner} <= {'parameter', 'copy', 'bitcast', 'transpose', 'tuple'}
+    return {other.opcode for other in inner} <= {'parameter', 'copy', 'bitcast', 'tuple'}
 
   def _moved(self, computation: Computation, op: Op, on_chip: bool = False) -> float:
     sizes = array_sizes(op.type, on_chip)
