@@ -20,7 +20,6 @@ import re
 from typing import NamedTuple
 
 BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}
-# They run nothing.
 FREE = {
   'after-all',
   'bitcast',
@@ -47,6 +46,7 @@ class Op(NamedTuple):
     operands: by name.
     rest: its attributes.
     is_root: whether it is what its computation returns.
+    in_background: whether it only begins here.
   """
 
   name: str
@@ -55,6 +55,14 @@ class Op(NamedTuple):
   operands: list[str]
   rest: str
   is_root: bool
+  in_background: bool
+
+  @property
+  def is_free(self) -> bool:
+    """Whether it runs nothing."""
+    # The end of what began in the background was counted at its start; a TPU takes arrays side by side for one.
+    is_view = 'custom_call_target="ConcatBitcast"' in self.rest
+    return self.opcode in FREE or self.opcode.endswith(('-done', '-update')) or is_view
 
   def called(self, attribute: str) -> list[str]:
     """Names of the computations in an attribute."""
@@ -82,8 +90,9 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
       names = re.findall(r'%?([\w.\-]+)', re.sub(r'/\*.*?\*/', '', operands))
       if opcode.endswith('-start') and opcode not in ('async-start', 'copy-start'):
         # In the background: the type is of operands, result and what identifies it.
-        opcode, type = opcode.removesuffix('-start'), elements(type)[1]
-      current[name] = Op(name, type, opcode, names, rest, root is not None)
+        current[name] = Op(name, elements(type)[1], opcode.removesuffix('-start'), names, rest, root is not None, True)
+      else:
+        current[name] = Op(name, type, opcode, names, rest, root is not None, opcode == 'copy-start')
   return computations, entry
 
 
@@ -178,17 +187,18 @@ class Program:
         total.add(max(map(self._count, names), key=lambda counts: counts.bytes))
       elif op.opcode in ('call', 'async-start'):
         total.add(self._count(*(op.called('to_apply') or op.called('calls'))))
-      elif op.opcode not in FREE and not op.opcode.endswith(('-done', '-update')):
+      elif not op.is_free:
         total.add(self._count_kernel(computation, op))
     return total
 
   def _count_kernel(self, computation: Computation, op: Op) -> Counts:
     moved, touched = self._moved(computation, op), self._moved(computation, op, on_chip=True)
     cycles = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
+    # An engine of its own moves what is copied in the background.
+    is_kernel = not op.in_background or op.opcode in ('fusion', 'custom-call')
     return Counts(
-      # An engine of its own moves what is copied in the background.
-      kernels=int(op.opcode != 'copy-start'),
-      large_kernels=int(op.opcode != 'copy-start' and touched > SMALL),
+      kernels=int(is_kernel),
+      large_kernels=int(is_kernel and touched > SMALL),
       bytes=moved,
       copied_bytes=moved if self._is_copy(op) and moved == touched else 0.0,
       cycles=int(cycles[1]) if cycles else 0,
