@@ -21,7 +21,8 @@ A step is compiled for one device, with parameters and optimizer state donated. 
 float32; a training step is forward pass, backward pass and optimizer on one of four microbatches. Memory is the
 compiler's: peak = arguments + outputs - aliased + temporaries. Kernels and bytes are counted in the scheduled program
 by the rules of `benchmarks/hlo.py`. A loop whose number of turns the compiler does not know counts as one turn, so that
-bytes are then a lower bound. The floor is every argument read once and every new parameter and state written once.
+kernels, bytes and cycles are then lower bounds. The floor is every argument read once and every new parameter and state
+written once; a leaf that two kernels update, each a part of it, is counted twice, and so looks as if it moved more.
 Cycles are those that the TPU's compiler estimates for its fusions, which leaves out copies in the background. Seconds
 of compilation are of a machine that others use.
 
@@ -199,6 +200,8 @@ FIGURES = {
   'compile ratio': Figure('compile, to Optax', lambda row, base: seconds(row) / seconds(base), 1),
   'cycles': Figure('cycles to Optax', lambda row, base: row['estimated_cycles'] / base['estimated_cycles'], 2),
 }
+# What is multiplied by turns of loops.
+COUNTED = ('kernels', 'kernels per leaf', 'scalar kernels', 'moved', 'copied', 'cycles')
 COLUMNS = {
   STEPS: ('kernels', 'kernels per leaf', 'syncs', 'moved', 'floor', 'temporaries', 'peak', 'seconds', 'compile ratio'),
   TRAINED: ('kernels', 'syncs', 'moved', 'copied', 'temporaries', 'peak', 'peak GiB', 'seconds', 'compile ratio'),
@@ -285,13 +288,30 @@ def figure_of(rows: dict[Key, Row], key: Key, name: str) -> float | None:
   return None
 
 
+def text_of(rows: dict[Key, Row], key: Key, name: str) -> str:
+  """A figure as it is printed, with a sign where it is a lower bound, for loops turn more often than is known."""
+  value = figure_of(rows, key, name)
+  if value is None:
+    return ''
+  return f'{"≥ " if is_lower_bound(rows[key], name) else ""}{value:.{FIGURES[name].decimals}f}'
+
+
+def is_lower_bound(row: Row, name: str) -> bool:
+  turns_once = METHODS[row['method']].driver == 'loop in one tile'
+  return name in COUNTED and row['unknown_loops'] > 0 and not turns_once
+
+
 def judge(rows: dict[Key, Row], bounds: tuple[Bound, ...] = BOUNDS) -> Iterator[Verdict]:
   for bound in bounds:
     for target in bound.targets:
       for method in bound.methods:
         key = target, bound.model, method
+        value = figure_of(rows, key, bound.figure)
         reason = rows.get(key, {}).get('error', 'not measured')
-        yield Verdict(bound, key, figure_of(rows, key, bound.figure), reason)
+        if value is not None and is_lower_bound(rows[key], bound.figure):
+          # It may be more.
+          value, reason = None, text_of(rows, key, bound.figure)
+        yield Verdict(bound, key, value, reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,15 +424,6 @@ def line(cells: list[str]) -> str:
   return '| ' + ' | '.join(cells) + ' |'
 
 
-def cell(rows: dict[Key, Row], key: Key, name: str) -> str:
-  value = figure_of(rows, key, name)
-  if value is None:
-    return ''
-  is_exact = rows[key]['unknown_loops'] == 0 or METHODS[key[2]].driver == 'loop in one tile'  # Which turns once.
-  is_lower_bound = name in ('moved', 'cycles') and not is_exact
-  return f'{"≥ " if is_lower_bound else ""}{value:.{FIGURES[name].decimals}f}'
-
-
 def model_table(rows: dict[Key, Row], target: str, model: str) -> Iterator[str]:
   (names,) = (names for models, names in COLUMNS.items() if model in models)
   if target == 'v5e':
@@ -422,10 +433,9 @@ def model_table(rows: dict[Key, Row], target: str, model: str) -> Iterator[str]:
   for method in METHODS:
     key = target, model, method
     if 'error' in rows.get(key, {}):
-      reason = rows[key]['error'].split('\n')[0][:80].replace('|', '/')
-      yield line([method, reason, *[''] * (len(names) - 1)])
+      yield line([method, short(rows[key]['error']), *[''] * (len(names) - 1)])
     elif key in rows:
-      yield line([method, *(cell(rows, key, name) for name in names)])
+      yield line([method, *(text_of(rows, key, name) for name in names)])
 
 
 def tables(rows: dict[Key, Row]) -> Iterator[str]:
@@ -441,17 +451,32 @@ def tables(rows: dict[Key, Row]) -> Iterator[str]:
         yield from model_table(rows, target, model)
         yield ''
   yield '### Bounds\n'
-  yield 'The first part is asserted by `python benchmarks/accelerators.py --check`, the second is what is aimed at.\n'
-  yield line(['target', 'step', 'method', 'figure', 'bound', 'found', ''])
-  yield '|' + '---|' * 7
-  for verdict in sorted(judge(rows), key=lambda verdict: not verdict.bound.holds):
-    figure, bound = FIGURES[verdict.bound.figure], verdict.bound
-    limit = f'{"=" if bound.exactly else "≤"} {bound.limit:g}'
-    if verdict.value is None:
-      found = [verdict.reason.split('\n')[0][:40].replace('|', '/'), '']
-    else:
-      found = [f'{verdict.value:.{figure.decimals}f}', 'holds' if verdict.is_met else 'does not hold']
-    yield line([*verdict.key, figure.title, limit, *found])
+  held = sum(len(bound.targets) for bound in BOUNDS if bound.holds)
+  yield f'`python benchmarks/accelerators.py --check` asserts the first {held}; the others are aims.\n'
+  yield line(['target', 'step', 'figure', 'bound', 'found', 'hold'])
+  yield '|' + '---|' * 6
+  for bound in sorted(BOUNDS, key=lambda bound: not bound.holds):
+    for target in bound.targets:
+      yield line(bound_cells(rows, bound._replace(targets=(target,))))
+
+
+def bound_cells(rows: dict[Key, Row], bound: Bound) -> list[str]:
+  """Of one target, all methods together."""
+  verdicts = list(judge(rows, (bound,)))
+  figure = FIGURES[bound.figure]
+  found = [
+    f'{verdict.key[2]}: {short(verdict.reason) if verdict.value is None else f"{verdict.value:.{figure.decimals}f}"}'
+    for verdict in verdicts
+  ]
+  known = [verdict for verdict in verdicts if verdict.value is not None]
+  result = f'{sum(verdict.is_met for verdict in known)} of {len(verdicts)}' if known else ''
+  limit = f'{"=" if bound.exactly else "≤"} {bound.limit:g}'
+  return [*bound.targets, bound.model, figure.title, limit, '; '.join(found), result]
+
+
+def short(reason: str) -> str:
+  """The beginning of an error, for a cell."""
+  return reason.split('\n')[0][:80].replace('|', '/')
 
 
 def save_plot(file: Path, rows: dict[Key, Row], target: str = 'h100') -> None:
