@@ -232,6 +232,8 @@ class Program:
     """Bytes that a fusion writes; memory spaces are those of its own type."""
     spaces = array_sizes(type, on_chip)
     outputs = list(self._outputs(inner))
+    if len(outputs) == 1 < len(spaces):  # One operation with several results, such as a reduction of pairs.
+      return sum(spaces)
     return sum(min(whole, self._size_put(inner, op, True)) for whole, op in zip(spaces, outputs, strict=True))
 
   def _outputs(self, inner: Computation) -> Iterator[Op]:

@@ -121,6 +121,22 @@ def test_an_array_that_is_also_read_whole_counts_whole(hlo):
   assert hlo.count(text).bytes - hlo.count(PROGRAM.replace('WHILE', LOOP)).bytes == 4 * (FLOATS - FLOATS // 4)
 
 
+def test_a_fusion_may_end_in_an_operation_with_several_results(hlo):
+  pair = '(f32[64]{0}, s32[64]{0})'
+  text = f"""
+%pairs (p: f32[64,256]) -> (f32[64], s32[64]) {{
+  %p = f32[64,256]{{1,0}} parameter(0)
+  ROOT %largest = {pair} reduce(%p, %p), dimensions={{1}}
+}}
+
+ENTRY %main (grads: f32[64,256]) -> (f32[64], s32[64]) {{
+  %grads = f32[64,256]{{1,0}} parameter(0)
+  ROOT %found = {pair} fusion(%grads), kind=kInput, calls=%pairs
+}}
+"""
+  assert hlo.count(text).bytes == FLOATS + 2 * 4 * 64
+
+
 @pytest.mark.parametrize(
   ('type', 'size'),
   [
