@@ -23,9 +23,7 @@ import contextlib
 from functools import partial
 import importlib.metadata
 import itertools
-import json
 import math
-import os
 from pathlib import Path
 import platform
 import subprocess
@@ -56,6 +54,8 @@ from methods import VARIANTS
 from methods import Ablation
 from methods import Method
 from methods import Point
+from records import append
+from records import read
 import train_char_lm
 import train_resnet
 
@@ -370,25 +370,6 @@ def thinned(losses: list[float]) -> list[tuple[int, float]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # All runs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def whole_lines(file: Path) -> str:
-  """What a file holds, without the part of a line that an interrupted run may have left; empty if there is none."""
-  text = file.read_text() if file.exists() else ''
-  return text[: text.rfind('\n') + 1]
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-  """The runs in a file; none if there is no file."""
-  return [json.loads(line) for line in whole_lines(file).splitlines()]
-
-
-def append(file: Path, runs: list[dict[str, Any]]) -> None:
-  """Adds runs."""
-  if file.exists():
-    os.truncate(file, len(whole_lines(file).encode()))
-  with file.open('a') as out:
-    out.write(''.join(json.dumps(run) + '\n' for run in runs))
 
 
 def about() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from methods import METHODS
 from methods import Ablation
 from methods import Point
 import numpy as np
+from records import with_lines
 from scipy import stats
 
 TITLES = {
@@ -238,12 +239,6 @@ def summary(groups: list[Group]) -> Iterator[str]:
     yield '| ' + ' | '.join(cells) + ' |'
 
 
-def with_summary(readme: str, lines: Iterator[str]) -> str:
-  """README.md with what is between the two comments replaced."""
-  before, rest = readme.split(BEGIN)
-  return before + '\n\n'.join([BEGIN, '\n'.join(lines), END]) + rest.split(END, 1)[1]
-
-
 def axis_of(ablation: Ablation) -> list[str]:
   """What varies, in order."""
   return list(dict.fromkeys(x for line in ablation.lines.values() for x in line))
@@ -422,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
   made = {name: plot_ablation(groups, ablation, folder / f'{name}.png') for name, ablation in ABLATIONS.items()}
   ablations = {name: file for name, file in made.items() if file is not None}
   args.output.write_text(document(groups, args.results, figures, ablations))
-  args.readme.write_text(with_summary(args.readme.read_text(), summary(groups)))
+  args.readme.write_text(with_lines(args.readme.read_text(), BEGIN, END, summary(groups)))
   print(args.output, args.readme)
 
 

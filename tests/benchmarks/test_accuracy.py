@@ -25,6 +25,7 @@ def load(name):
 
 @pytest.fixture(scope='module')
 def methods():
+  load('records')
   return load('methods')
 
 

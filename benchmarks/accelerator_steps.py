@@ -1,0 +1,292 @@
+"""Compiles steps for a target that need not be there; `benchmarks/accelerators.py` runs it in an environment for that.
+
+  python benchmarks/accelerator_steps.py TARGET MODEL METHOD...
+
+It prints one line of JSON per method. Rates are constants.
+"""
+
+from collections.abc import Callable
+from functools import partial
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+from typing import NamedTuple
+
+from accelerators import EIGHT
+from accelerators import EMBEDDING
+from accelerators import METHODS
+from accelerators import RESNET
+from accelerators import STACKED
+from accelerators import TARGETS
+from accelerators import TRAIN_1B
+from accelerators import TRAIN_8B
+from accelerators import TRAIN_RESNET
+from accelerators import TRAIN_TRANSFORMER
+from accelerators import Method
+import flashoptim_jax as flashoptim
+import hlo
+import jax
+from jax import lax
+from jax.experimental import topologies
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peak_memory
+
+import lpmm_optax as lpmm
+
+# How many elements the loop takes at once where a GPU is the default device.
+GPU_TILE = 2**24
+VOCABULARY = 128256
+CHUNKS = 8
+
+
+class Program(NamedTuple):
+  """What is compiled.
+
+  Attributes:
+    step: `(params, opt_state, *others)` to these two and others.
+    args: shapes of what it takes; the first two are donated.
+  """
+
+  step: Callable[..., Any]
+  args: tuple[Any, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stock(optimizer: str) -> Any:
+  """Of Optax."""
+  return {'sgd': optax.sgd(0.1, 0.9), 'adamw': optax.adamw(1e-3), 'lion': optax.lion(1e-4)}[optimizer]
+
+
+def flash(optimizer: str, fused: bool) -> Any:
+  """Of flashoptim-jax; its fused kernels are for NVIDIA GPUs."""
+  if optimizer == 'sgd':
+    return flashoptim.flash_sgdw(0.1, momentum=0.9, fused=fused)
+  make = {'adamw': flashoptim.flash_adamw, 'lion': flashoptim.flash_lion}[optimizer]
+  return make(1e-4, fused=fused)
+
+
+def ours(method: Method) -> Any:
+  """Of this library, without accumulation."""
+  make = {'sgd': lpmm.sgdm, 'adamw': lpmm.adamw, 'lion': lpmm.lion}[method.optimizer]
+  options: dict[str, Any] = {'error_feedback': False} if method.by == 'lpmm paper' else {}
+  if method.driver == 'loop in one tile':
+    options['tile_size'] = GPU_TILE
+  return make(0.1 if method.optimizer == 'sgd' else 1e-4, **options)
+
+
+STORES = {'optax fp32': peak_memory.fp32, 'optax bf16': peak_memory.bf16, 'flash': peak_memory.bf16}
+
+
+def optimizer_step(method: Method, shapes: Any, platform: str) -> Program:
+  """One step, given a gradient in float32."""
+  dense = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes)
+  if method.by == 'flash':
+    tx = flash(method.optimizer, fused=platform == 'cuda')
+    step = tx.step
+  else:
+    tx = stock(method.optimizer) if method.by.startswith('optax') else ours(method)
+
+    def step(params, opt_state, grads):
+      if method.by == 'optax bf16':  # Else the state would become float32.
+        grads = peak_memory.bf16(grads)
+      return lpmm.step(tx, grads, params, opt_state)
+
+  params = jax.eval_shape(STORES.get(method.by, peak_memory.int8), dense)
+  return Program(step, (params, jax.eval_shape(tx.init, params), dense))
+
+
+def training_step(method: Method, model: peak_memory.Model) -> Program:
+  """Forward pass, backward pass and optimizer on one of four microbatches."""
+  if method.by.startswith('optax'):
+    tx = peak_memory.accumulated(lambda: stock(method.optimizer))()
+    step = peak_memory.ordinary(tx, model.loss)
+  else:
+    accumulator = lpmm.INTO_MOMENTUM if method.optimizer == 'sgd' else lpmm.INT8
+    tx = lpmm.MultiSteps(ours(method), peak_memory.MICROBATCHES, accumulator=accumulator)
+    step = peak_memory.lean(tx, model.loss)
+  store = STORES.get(method.by, peak_memory.int8)
+  params = jax.eval_shape(lambda key: store(model.init(key)), jax.random.key(0))
+  return Program(step, (params, jax.eval_shape(tx.init, params), *model.batch))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rope(x: jax.Array) -> jax.Array:
+  """Rotates float[batch, length, heads, size] by position."""
+  half = x.shape[-1] // 2
+  angles = jnp.arange(x.shape[1])[:, None] / 500000 ** (jnp.arange(half) / half)
+  cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+  left, right = x[..., :half], x[..., half:]
+  return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, tokens: int = 2048) -> peak_memory.Model:
+  """Shaped like Llama 3: scanned layers, computed again in the backward pass, in bfloat16, and untied embeddings.
+
+  The cross entropy is taken in chunks, whose logits are computed again as well.
+  """
+  size = width // heads
+  kv = kv_heads * size
+  shapes = {
+    'embedding': (VOCABULARY, width),
+    'layers': {
+      'attention_norm': (layers, width),
+      'q': (layers, width, width),
+      'k': (layers, width, kv),
+      'v': (layers, width, kv),
+      'out': (layers, width, width),
+      'mlp_norm': (layers, width),
+      'gate': (layers, width, hidden),
+      'up': (layers, width, hidden),
+      'down': (layers, hidden, width),
+    },
+    'norm': (width,),
+    'head': (width, VOCABULARY),
+  }
+  decode = partial(lpmm.dequantize, dtype=jnp.bfloat16)
+
+  def layer(x, weights):
+    weights = decode(weights)
+    split = lambda name, count: (h @ weights[name]).reshape(1, tokens, count, size)
+    h = peak_memory.rms_norm(x, weights['attention_norm'])
+    attended = jax.nn.dot_product_attention(
+      rope(split('q', heads)), rope(split('k', kv_heads)), split('v', kv_heads), is_causal=True
+    )
+    x = x + attended.reshape(x.shape) @ weights['out']
+    h = peak_memory.rms_norm(x, weights['mlp_norm'])
+    return x + (jax.nn.silu(h @ weights['gate']) * (h @ weights['up'])) @ weights['down'], None
+
+  def loss(params, batch):
+    x = decode(params['embedding'])[batch[:, :-1]]
+    x, _ = lax.scan(jax.checkpoint(layer), x, params['layers'])
+    x, head = peak_memory.rms_norm(x, decode(params['norm'])), decode(params['head'])
+
+    def chunk(total, rows):
+      hidden, labels = rows
+      return total + peak_memory.cross_entropy(hidden @ head, labels) / CHUNKS, None
+
+    rows = x.reshape(CHUNKS, -1, width), batch[:, 1:].reshape(CHUNKS, -1)
+    return lax.scan(jax.checkpoint(chunk), jnp.zeros(()), rows)[0]
+
+  def init(key):
+    del key
+    return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+  return peak_memory.Model(init, loss, (jax.ShapeDtypeStruct((1, tokens + 1), jnp.int32),), ())
+
+
+def small(make: Callable[..., peak_memory.Model]) -> peak_memory.Model:
+  """A model of benchmarks/peak_memory.py, as it is there."""
+  model = make(peak_memory.parse_args([]))
+  return model._replace(batch=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in model.batch))
+
+
+def resnet_shapes() -> Any:
+  return jax.eval_shape(small(peak_memory.make_resnet).init, jax.random.key(0))
+
+
+def leaves(*shapes: tuple[int, ...]) -> Callable[[], Any]:
+  return lambda: {f'w{i}': jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)}
+
+
+STEPS = {
+  EIGHT: leaves(*[(2048, 2048)] * 8),
+  STACKED: leaves((32, 2048, 8192)),
+  EMBEDDING: leaves((50257, 768)),
+  RESNET: resnet_shapes,
+}
+TRAINED = {
+  TRAIN_TRANSFORMER: partial(small, peak_memory.make_transformer),
+  TRAIN_RESNET: partial(small, peak_memory.make_resnet),
+  TRAIN_1B: partial(llama, 16, 2048, 8192, 32, 8),
+  TRAIN_8B: partial(llama, 32, 4096, 14336, 32, 8),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sharding_on(target: str) -> jax.sharding.NamedSharding:
+  """On one device of a target."""
+  platform, name, config = TARGETS[target].platform, TARGETS[target].topology, TARGETS[target].config
+  options = {'target_config': config.read_text(), 'topology': '1x1x1'} if config is not None else {}
+  topology = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
+  mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ('x',))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compile_and_count(program: Program, sharding: jax.sharding.NamedSharding) -> dict[str, Any]:
+  """What a row says of the program."""
+  params, opt_state, *_ = program.args
+  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  args = jax.tree.map(place, program.args)
+  start = time.perf_counter()
+  # Pallas asks the mesh for which device it compiles.
+  with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+    lowered = jax.jit(program.step, donate_argnums=(0, 1)).lower(*args)
+  middle = time.perf_counter()
+  compiled = lowered.compile()
+  end = time.perf_counter()
+  counts, memory = hlo.count(compiled.as_text()), compiled.memory_analysis()
+  tree = jax.tree.leaves(params, is_leaf=lpmm.is_quantized)
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+  bytes_of = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  return {
+    'parameters': sum(x.size for x in tree),
+    'leaves': len(tree),
+    'quantized_leaves': sum(map(lpmm.is_quantized, tree)),
+    'kernels': counts.kernels,
+    'large_kernels': counts.large_kernels,
+    'bytes_moved': int(counts.bytes),
+    'floor_bytes': bytes_of(program.args) + bytes_of((params, opt_state)),
+    'copied_bytes': int(counts.copied_bytes),
+    'loops': counts.loops,
+    'unknown_loops': counts.unknown_loops,
+    'conditionals': counts.conditionals,
+    'estimated_cycles': counts.cycles,
+    'temporary_bytes': memory.temp_size_in_bytes,
+    'peak_bytes': held + memory.temp_size_in_bytes,
+    'lower_seconds': round(middle - start, 2),
+    'compile_seconds': round(end - middle, 2),
+  }
+
+
+def measure(target: str, model: str, name: str, sharding: jax.sharding.NamedSharding) -> dict[str, Any]:
+  """A row, or why there is none."""
+  method = METHODS[name]
+  # Read when a step is traced.
+  os.environ.update(dict.fromkeys(('LPMM_GPU_KERNEL', 'LPMM_KERNEL'), '1' if method.driver == 'kernel' else '0'))
+  try:
+    if model in STEPS:
+      program = optimizer_step(method, STEPS[model](), TARGETS[target].platform)
+    else:
+      program = training_step(method, TRAINED[model]())
+    return compile_and_count(program, sharding)
+  except Exception as error:
+    return {'error': f'{type(error).__name__}: {str(error)[:300]}'}
+
+
+def main(target: str, model: str, *names: str) -> None:
+  sharding = sharding_on(target)
+  # The first compilation of a process takes a second more.
+  x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding)
+  jax.jit(lambda x: x + 1).lower(x).compile()
+  for name in names:
+    print(json.dumps(measure(target, model, name, sharding)), flush=True)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
