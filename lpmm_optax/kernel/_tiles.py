@@ -261,13 +261,8 @@ def _update_lot(stages: Stages, tiling: Tiling, zero: jax.Array, reads: Any, wri
 
   if fused:
     return body(jnp.int32(0), writes)
-  if tiling.steps > 1:
-    return loop(tiling.steps, body, writes)
-  # XLA inlines a loop that it knows to run once. Then the tiles of all small leaves would be alive together, for on CPU
-  # it schedules leaves breadth first. Elsewhere it does not, and a loop would cost a GPU's host two synchronisations.
-  body = jax.jit(body, inline=True)  # Traced once.
-  return lax.platform_dependent(
-    writes,
-    cpu=lambda writes: loop(1 + zero.astype(jnp.int32), body, writes),
-    default=lambda writes: body(jnp.int32(0), writes),
-  )
+  # XLA inlines a loop that it knows to run once. Then the tiles of all small leaves would be alive together: on CPU it
+  # schedules leaves breadth first, and on a GPU 8 leaves of 2048 x 2048 took 5 bytes of temporaries per parameter for
+  # sgdm and 11 for adamw, in place of .5 and 1.5.
+  steps = tiling.steps if tiling.steps > 1 else 1 + zero.astype(jnp.int32)
+  return loop(steps, body, writes)
