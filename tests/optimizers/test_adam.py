@@ -191,6 +191,7 @@ def test_steps_are_those_of_float32_at_any_scale_of_the_gradients(make, scale):
   assert abs(ours.std() / exact.std() - 1) < 0.05
 
 
+@pytest.mark.slow
 @EACH
 @hypothesis.settings(max_examples=6, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**31 - 1), low=st.floats(-45, 0), high=st.floats(0, 38))
@@ -250,7 +251,7 @@ def excess(tx, format, steps=1500, seeds=3):
 
 
 @pytest.mark.parametrize(
-  'rate', [1e-3, lambda i: 1e-3 * (0.5 + 0.5 * jnp.cos(jnp.pi * i / 1500))], ids=['flat', 'cosine']
+  'rate', [1e-3, *slow(lambda i: 1e-3 * (0.5 + 0.5 * jnp.cos(jnp.pi * i / 1500)))], ids=['flat', 'cosine']
 )
 def test_feedback_removes_most_of_what_rounding_adds_to_the_loss(rate):
   learning_rate = rate if not callable(rate) else lambda count: rate(jnp.asarray(count, jnp.float32))
@@ -335,6 +336,7 @@ def test_without_a_first_moment_there_is_no_feedback(b1):
     np.testing.assert_allclose(a, b, atol=0.025)  # One grid step, where a last bit of a product differs.
 
 
+@pytest.mark.slow
 def test_feedback_is_on_where_it_can_be():
   grads, start = gradients(10), lpmm.quantize(tree(), lpmm.INT8)
   run = lambda **kwargs: np.asarray(train(lpmm.adamw(0.01, **kwargs), start, grads)[0]['kernel'].codes)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lpmm_optax as lpmm
 
@@ -90,6 +91,7 @@ def test_any_tree_is_stored_to_within_a_grid_step(tree, format, key, force):
       assert lpmm.is_quantized(q) == bool(x.size and x.ndim)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=15, deadline=None)
 @hypothesis.given(
   x=arrays().filter(lambda x: x.size <= 20000),

@@ -368,7 +368,7 @@ def test_a_chain_around_multi_steps_transforms_the_gradient_of_each_microbatch()
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', TXS)
+@pytest.mark.parametrize('name', ['into momentum', *slow('sgdm', 'clipped adamw')])
 def test_a_checkpoint_between_microbatches_resumes_bit_for_bit(name, tmp_path):
   tx, params, grads = TXS[name](), lpmm.quantize(runs.tree(), lpmm.INT8), gradients(2 * K)
   expected = train(tx, params, grads)[-1]
@@ -460,7 +460,7 @@ def test_a_nan_gradient_stays_visible():
   assert not np.isnan(lpmm.dequantize(state.acc_grads)).any()
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, *slow(jnp.float16)])
 @pytest.mark.parametrize('accumulator', [None, lpmm.INT8], ids=str)
 def test_stock_optimizers_take_half_precision(dtype, accumulator):
   with jax.numpy_dtype_promotion('standard'):
