@@ -22,6 +22,20 @@ _MOST_NAMED = 3  # Leaves in one message.
 Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]]
 
 
+class NotAnArrayError(TypeError, AttributeError):
+  """A QuantizedArray was used as an array. An AttributeError besides, so that `hasattr` says what it lacks."""
+
+
+def _refusing(what: str) -> Callable[..., Any]:
+  def refuse(self: Any, *_: Any, **__: Any) -> Any:
+    raise NotAnArrayError(
+      f'{what} needs an array, and {self!r} is none: call lpmm_optax.dequantize(params) before the model uses them, in '
+      'evaluation too'
+    )
+
+  return refuse
+
+
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray:
@@ -91,6 +105,25 @@ class QuantizedArray:
     shape = getattr(self.codes, 'shape', None)
     content = f'of {self.codes!r}' if shape is None else f'{jnp.dtype(self.dtype).name}{list(shape)}'
     return f'QuantizedArray({content} as {self.format})'
+
+
+# What arrays can do and codes cannot.
+# fmt: off
+_BINARY = (
+  'add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'divmod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift',
+)
+_UNARY = ('neg', 'pos', 'abs', 'invert', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int')
+_ATTRIBUTES = (
+  'T', 'mT', 'at', 'astype', 'reshape', 'ravel', 'flatten', 'transpose', 'squeeze', 'real', 'imag', 'sum', 'mean',
+  'std', 'var', 'min', 'max', 'prod', 'dot', 'item', 'tolist', 'copy', 'clip', 'round',
+)
+# fmt: on
+for _name in (*_BINARY, *(f'r{name}' for name in _BINARY), *_UNARY):
+  setattr(QuantizedArray, f'__{_name}__', _refusing(f'__{_name}__'))
+for _name in _ATTRIBUTES:
+  setattr(QuantizedArray, _name, property(_refusing(f'.{_name}')))
+QuantizedArray.__array__ = _refusing('NumPy')  # type: ignore[attr-defined]
+QuantizedArray.__jax_array__ = _refusing('jax.numpy')  # type: ignore[attr-defined]
 
 
 _WRAPPERS: dict[type, Callable[[Any], Any]] = {}

@@ -282,3 +282,33 @@ def test_the_square_root_grid_keeps_positive_values_positive():
   assert back[1] > 0
   assert np.all(back[3:] == 0)
   np.testing.assert_allclose(back[[0, 2]], [1.0, 0.25], rtol=0.02)  # Codes near 255 and 127, each within one.
+
+
+AS_AN_ARRAY = {
+  'operator': lambda q: q + 1,
+  'reversed operator': lambda q: jnp.ones((2, 64)) @ q,
+  'operator of NumPy': lambda q: np.ones((64, 128)) * q,
+  'comparison': lambda q: q < 1,
+  'index': lambda q: q[0],
+  'attribute': lambda q: q.T,
+  'method': lambda q: q.astype(jnp.float32),
+  'jax.numpy': lambda q: jnp.sum(q),
+  'jax.nn': lambda q: jax.nn.relu(q),
+  'einsum': lambda q: jnp.einsum('ij,jk', jnp.ones((2, 64)), q),
+  'numpy': np.asarray,
+}
+
+
+@pytest.mark.parametrize('use', AS_AN_ARRAY.values(), ids=AS_AN_ARRAY)
+def test_what_takes_it_for_an_array_is_told_to_dequantize_it(use):
+  q = lpmm.quantize(jnp.ones((64, 128)), lpmm.INT8)
+  with pytest.raises(TypeError, match=r'int8\) is none: call lpmm_optax.dequantize\(params\) before the model'):
+    use(q)
+
+
+def test_it_has_no_attributes_of_an_array_and_can_always_be_printed():
+  q = lpmm.quantize(jnp.ones((64, 128)), lpmm.INT8)
+  assert not hasattr(q, 'T')
+  assert hasattr(q, 'shape')
+  for leaf in (None, 1.5, 'text', (64, 128)):
+    assert 'int8' in repr(jax.tree.map(lambda _, leaf=leaf: leaf, q))
