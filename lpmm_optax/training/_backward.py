@@ -2,7 +2,8 @@
 
 The loss gets its parameters still quantized, as `TrackedArray`s. Dequantizing one is a function with a rule of its own
 for differentiation: the cotangent that arrives is a layer's gradient, and is added to its accumulator, which lies in a
-`jax.Ref`, there and then. What is differentiated is a scalar, the *anchor*, on which every such function depends.
+`jax.Ref`, there and then. What is differentiated are zeros beside the codes, the *anchor*, on which such a function
+depends; so where the loss stops the gradient of a parameter, nothing is added.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,6 @@ class Sink:
     path: of the parameter.
     accumulation: the static part.
     block_axis: along which the blocks of the target run; None if it has none.
-    anchor: float32[], on which the loss must depend to be differentiated.
     dynamic: what a differentiation rule may not close over: the target with a `jax.Ref` in place of each array, one to
       the uses so far of every row, int32, the weight of a gradient, the random word, and a zero at run time.
   """
@@ -43,7 +43,6 @@ class Sink:
   path: str
   accumulation: _update.LeafUpdate
   block_axis: int | None
-  anchor: jax.Array
   dynamic: dict[str, Any]
 
   def check(self, shape: tuple[int, ...]) -> None:
@@ -117,24 +116,27 @@ class TrackedArray(_array.QuantizedArray):
 
   Attributes:
     rows: int32, of the array's shape without its last axis: the numbers of its rows in the whole parameter.
+    anchor: float32, of the same shape.
     sink: static.
   """
 
   rows: jax.Array
+  anchor: jax.Array
   sink: Sink
 
   def tree_flatten(self) -> tuple[Any, Any]:
     children, static = super().tree_flatten()
-    return (*children, self.rows), (*static, self.sink)
+    return (*children, self.rows, self.anchor), (*static, self.sink)
 
   def tree_flatten_with_keys(self) -> tuple[Any, Any]:
     children, static = super().tree_flatten_with_keys()
-    return (*children, (jax.tree_util.GetAttrKey('rows'), self.rows)), (*static, self.sink)
+    own = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ('rows', 'anchor')]
+    return (*children, *own), (*static, self.sink)
 
   @classmethod
   def tree_unflatten(cls, static: Any, children: Any) -> 'TrackedArray':
-    (codes, scales, rows), (format, dtype, blocks, sink) = children, static
-    return cls(codes, scales, format, dtype, blocks, rows, sink)
+    (codes, scales, rows, anchor), (format, dtype, blocks, sink) = children, static
+    return cls(codes, scales, format, dtype, blocks, rows, anchor, sink)
 
   def dense(self, dtype: Any = None) -> jax.Array:
     """The values; their cotangent is added to the sink."""
@@ -148,22 +150,21 @@ class TrackedArray(_array.QuantizedArray):
       return stored.dense(dtype)
 
     def forward(anchor, dynamic, stored, rows):
-      del anchor
-      return stored.dense(dtype), (dynamic, rows)
+      return stored.dense(dtype), (anchor, dynamic, rows)
 
     def backward(saved, cotangent):
-      dynamic, rows = saved
+      anchor, dynamic, rows = saved
       sink.add(dynamic, rows, cotangent)
-      return jnp.zeros(()), None, None, None
+      return jnp.zeros_like(anchor), None, None, None
 
     read.defvjp(forward, backward)
-    return read(sink.anchor, sink.dynamic, stored, self.rows)
+    return read(self.anchor, sink.dynamic, stored, self.rows)
 
 
-def _track(leaf: _array.QuantizedArray, sink: Sink) -> TrackedArray:
+def _track(leaf: _array.QuantizedArray, anchor: jax.Array, sink: Sink) -> TrackedArray:
   outer = leaf.shape[:-1]
   rows = lax.iota(jnp.int32, math.prod(outer)).reshape(outer)
-  return TrackedArray(leaf.codes, leaf.scales, leaf.format, leaf.dtype, leaf.blocks, rows, sink)
+  return TrackedArray(leaf.codes, leaf.scales, leaf.format, leaf.dtype, leaf.blocks, rows, anchor, sink)
 
 
 def value_and_step(
@@ -243,7 +244,7 @@ def value_and_step(
     uses = {i: jax.new_ref(jnp.zeros(leaves[i].shape[:-1], jnp.int32)) for i in tracked}
     dense = {i: _array.dequantize(leaves[i]) for i in structure.active if i not in refs}
 
-    def with_sinks(anchor):
+    def with_sinks(anchors):
       out = {}
       for i in tracked:
         blocks = _array.blocks_of(targets[i])
@@ -256,14 +257,15 @@ def value_and_step(
         }
         accumulation = microbatches.accumulation(structure, i)
         block_axis = blocks[0][0] if blocks else None
-        out[i] = _track(leaves[i], Sink(structure.paths[i], accumulation, block_axis, anchor, dynamic))
+        out[i] = _track(leaves[i], anchors[i], Sink(structure.paths[i], accumulation, block_axis, dynamic))
       return out
 
-    def loss(anchor, dense):
-      seen = dict(enumerate(leaves)) | dense | with_sinks(anchor)
+    def loss(anchors, dense):
+      seen = dict(enumerate(leaves)) | dense | with_sinks(anchors)
       return fun(structure.treedef.unflatten([seen[i] for i in range(len(leaves))]), *args, **kwargs)
 
-    value, (_, gradients) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(jnp.zeros(()), dense)
+    anchors = {i: jnp.zeros(leaves[i].shape[:-1], jnp.float32) for i in tracked}
+    value, (_, gradients) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(anchors, dense)
     targets |= {i: jax.tree.map(jax.freeze, ref) for i, ref in refs.items()}
     state = microbatches.with_targets(structure, opt_state, targets)
     state = microbatches.with_targets(structure, state, microbatches.accumulate(structure, state, gradients))

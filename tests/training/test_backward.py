@@ -373,3 +373,27 @@ def test_the_noise_of_a_parameter_used_often_grows_as_a_root(how):
 
   once, often = deviation(1), deviation(9)
   assert 2.7 < often / once < 3.3
+
+
+def test_a_stopped_gradient_moves_nothing():
+  layers = jax.random.normal(jax.random.key(0), (2, 64, 64)) / 8
+  params = lpmm.quantize({'first': layers[0], 'layers': layers, 'both': layers[1]}, lpmm.INT8)
+  tx = lpmm.MultiSteps(lpmm.sgdm(0.5, error_feedback=False), 1)
+  x = jnp.ones((8, 64))
+
+  def loss(params):
+    stopped = jax.lax.stop_gradient(params)
+    h = jnp.tanh(x @ lpmm.dequantize(stopped['first']))
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ lpmm.dequantize(w)), None), h, stopped['layers'])
+    return jnp.mean((h @ lpmm.dequantize(params['both']) @ lpmm.dequantize(stopped['both']) - 1) ** 2)
+
+  _, new, _ = jax.jit(lpmm.value_and_step(loss, tx))(params, tx.init(params))
+  for name in ('first', 'layers'):
+    jax.tree.map(np.testing.assert_array_equal, new[name], params[name])
+  dense = lpmm.dequantize(params)
+  gradient = jax.grad(lambda both: loss(dense | {'both': both}))(dense['both'])
+  moved = lpmm.dequantize(new)['both'] - dense['both']
+  # Half of what both uses together would give; rounding is a few per cent of it.
+  assert float(jnp.vdot(moved, -0.5 * gradient) / jnp.vdot(0.5 * gradient, 0.5 * gradient)) == pytest.approx(
+    1, abs=0.05
+  )
