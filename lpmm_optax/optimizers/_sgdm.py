@@ -215,14 +215,14 @@ def sgdm(
   >>> state = tx.init(params)
   >>> for _ in range(5):
   ...   value, grads = jax.value_and_grad(loss)(lpmm.dequantize(params))
-  ...   print(f'{value:.0f}')
+  ...   print(f'{value / params.size:.2f}')
   ...   updates, state = tx.update(grads, state, params)
   ...   params = optax.apply_updates(params, updates)
-  4225
-  3422
-  2440
-  1593
-  972
+  0.52
+  0.42
+  0.30
+  0.19
+  0.12
 
   References:
     Li et al., Training Neural Networks with Low-Precision Model Memory, 2022.
