@@ -74,6 +74,16 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     """The same, where a train state is copied."""
     return self
 
+  def __reduce__(self):
+    """For cloudpickle and its like: `__new__` takes other arguments than a tuple's."""
+    return _restore, (type(self), self.init, self.update, vars(self))
+
+
+def _restore(cls, init, update, attributes):
+  self = optax.GradientTransformationExtraArgs.__new__(cls, init, update)
+  vars(self).update(attributes)
+  return self
+
 
 def optimizer_of(tx: Any) -> 'LowPrecision | None':
   """The optimizer of this package that a transformation is; None if it is a wrapper, or another's."""

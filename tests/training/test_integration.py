@@ -484,3 +484,15 @@ def test_temporaries_of_small_leaves_do_not_add_up():
   memory = compile_step(lambda params, state, grads: lpmm.step(tx, grads, params, state), params, state, grads)
   # One leaf's dense values, 9 bytes per element, at a time; those of all 48 would be four times the state.
   assert memory.temp_size_in_bytes < 0.08 * lpmm.memory_report(params, state).bytes + 10 * 256 * 256
+
+
+@pytest.mark.parametrize(
+  'make', [lpmm.adamw, lambda rate: lpmm.MultiSteps(lpmm.sgdm(rate), 2)], ids=['adamw', 'microbatches']
+)
+def test_an_optimizer_is_made_anew_of_what_pickle_takes_of_it(make):
+  tx = make(0.1)
+  restore, args = tx.__reduce__()
+  again = restore(*args)
+  assert type(again) is type(tx)
+  assert again == tx
+  assert vars(again) == vars(tx)
