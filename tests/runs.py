@@ -42,6 +42,23 @@ def train(tx, params, grads, use_step=False):
     return jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), grads)[0])(params)
 
 
+def step_by(tx, route):
+  """(gradients, params, state) -> (params, state): `lpmm.step`, or the update that is added."""
+
+  def step(grads, params, state):
+    if route == 'step':
+      return lpmm.step(tx, grads, params, state)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+def assert_same_bits(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
 def slow(*cases):
   """Cases of a test, each its argument or the tuple of them, that the README's command leaves to .ci/run."""
   return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]

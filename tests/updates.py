@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-import numpy as np
 import optax
+from runs import assert_same_bits
+from runs import step_by
 
 import lpmm_optax as lpmm
 
@@ -40,21 +41,11 @@ def gradient(step, shape=SHAPE):
 def run(tx, params, route='step', steps=2, place=lambda x: x):
   state = jax.jit(tx.init)(params)
 
-  @jax.jit
-  def one(params, state, grads):
-    if route == 'step':
-      return lpmm.step(tx, grads, params, state)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+  one = jax.jit(step_by(tx, route))
 
   for i in range(steps):
-    params, state = one(params, state, place(gradient(i, params['w'].shape)))
+    params, state = one(place(gradient(i, params['w'].shape)), params, state)
   return params, state
-
-
-def assert_same_bits(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 def stacked(n):

@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+from runs import assert_same_bits
 from runs import slow
+from runs import step_by
 
 import lpmm_optax as lpmm
 from lpmm_optax.trace import _program
@@ -31,21 +33,11 @@ def gradient(i, shape=SHAPE):
 def run(tx, params, steps=4, route='step', place=lambda x: x, shape=SHAPE):
   state = jax.jit(tx.init)(params)
 
-  @jax.jit
-  def one(params, state, grads):
-    if route == 'step':
-      return lpmm.step(tx, grads, params, state)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+  one = jax.jit(step_by(tx, route))
 
   for i in range(steps):
-    params, state = one(params, state, place(gradient(i, shape)))
+    params, state = one(place(gradient(i, shape)), params, state)
   return params, state
-
-
-def assert_same_bits(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 OPTIMIZERS = {

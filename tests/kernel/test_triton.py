@@ -39,7 +39,6 @@ def test_the_kernel_gives_the_loops_bits(interpreted, name, format, shape, route
   updates.check_bits(interpreted, name, format, shape, route)
 
 
-# Of 16 columns, the last, the shards are the loop's.
 @pytest.mark.parametrize(
   ('spec', 'axis_type'),
   [

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from runs import assert_same_bits
 from runs import slow
 
 import lpmm_optax as lpmm
@@ -74,11 +75,6 @@ def trained(name):
     for i in range(8):
       states.append(step(states[-1], gradient(i)))
   return step, states[4], states[8]
-
-
-def assert_same_bits(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 def abstract(tree, shardings=None):

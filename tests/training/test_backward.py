@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import pytest
+from runs import assert_same_bits
 from runs import slow
 
 import lpmm_optax as lpmm
@@ -118,11 +119,6 @@ def lean(loss, tx):
 
 def quantized(params):
   return lpmm.quantize(params, lpmm.INT8)
-
-
-def assert_same_bits(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 def codes(tree):

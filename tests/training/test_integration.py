@@ -13,14 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import assert_same_bits
 from runs import slow
+from runs import step_by
 
 import lpmm_optax as lpmm
-
-
-def assert_same_bits(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 class Mlp(nn.Module):
@@ -359,12 +356,7 @@ def test_apply_if_finite_skips_bad_steps_bit_for_bit_and_then_gives_up(route, fo
   inner = lpmm.sgdm(0.1)
   tx = lpmm.chain(optax.clip(1.0), lpmm.apply_if_finite(inner, 2))
 
-  @jax.jit
-  def one(grads, params, state):
-    if route == 'step':
-      return lpmm.step(tx, grads, params, state)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+  one = jax.jit(step_by(tx, route))
 
   params, state = one(good, params, tx.init(params))
   for count in (1, 2):

@@ -11,6 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import runs
+from runs import assert_same_bits
 from runs import slow
 
 import lpmm_optax as lpmm
@@ -41,11 +42,6 @@ def train(tx, params, grads, use_step=False, state=None):
       params, state = one(params, state, g)
       out.append((params, state))
   return out
-
-
-def assert_same_bits(a, b):
-  assert jax.tree.structure(a) == jax.tree.structure(b)
-  jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
 def assert_close(a, b, atol=1e-6):
