@@ -124,6 +124,10 @@ def flatten(params: _plan.Params, gradients: Any) -> dict[int, Gradient]:
     if _array.is_quantized(gradient) or not jnp.issubdtype(gradient.dtype, jnp.floating):
       raise TypeError(f'{path}: the gradient must be a dense floating-point array, got {gradient!r}')
     if gradient.shape != shape:
-      raise ValueError(f'{path}: the gradient has shape {gradient.shape}, the parameter {shape}')
+      raise ValueError(
+        f'{path}: the gradient has shape {gradient.shape}, the parameter {shape}; gradients are those of '
+        'lpmm_optax.dequantize(params). Of each example, they go through optax.chain(differentially_private_aggregate, '
+        '...); optax.flatten goes inside lpmm_optax.low_precision'
+      )
     out[i] = Gradient(recent=jnp.asarray(gradient))
   return out

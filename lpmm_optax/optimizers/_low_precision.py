@@ -50,7 +50,8 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
 
   Attributes:
     init: `params -> state`.
-    update: `(gradients, state, params, **extra) -> (deltas, state)`, for `optax.apply_updates`.
+    update: `(gradients, state, params, **extra) -> (deltas, state)`, for `optax.apply_updates`. Deltas of quantized
+      parameters can be added to them and no more, and so are no results of a function that is jitted: jit both.
     step: `(gradients, params, state, **extra) -> (params, state)`, without a tree of deltas.
   """
 
@@ -60,7 +61,11 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
   _obstacles: Callable[..., dict[str, str]]
 
   def __new__(cls, init, update, step, *, optimizer=None, obstacles=lambda params, **extra_args: {}):
-    self = super().__new__(cls, init, update)
+    def sealed(updates, state, params=None, **extra_args):
+      deltas, state = update(updates, state, params, **extra_args)
+      return _array.seal(deltas, params), state
+
+    self = super().__new__(cls, init, sealed)
     self.step = step
     self._optimizer = optimizer
     self._obstacles = obstacles

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _format
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
+from lpmm_optax.storage import _refusal
 from lpmm_optax.storage import _view
 from lpmm_optax.storage._format import Format
 
@@ -22,23 +24,9 @@ _MOST_NAMED = 3  # Leaves in one message.
 Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]]
 
 
-class NotAnArrayError(TypeError, AttributeError):
-  """A QuantizedArray was used as an array. An AttributeError besides, so that `hasattr` says what it lacks."""
-
-
-def _refusing(what: str) -> Callable[..., Any]:
-  def refuse(self: Any, *_: Any, **__: Any) -> Any:
-    raise NotAnArrayError(
-      f'{what} needs an array, and {self!r} is none: call lpmm_optax.dequantize(params) before the model uses them, in '
-      'evaluation too'
-    )
-
-  return refuse
-
-
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray:
+class QuantizedArray(metaclass=_refusal.Explained):
   """An array stored as integer codes and block scales.
 
   For a linear grid `dequantize(x)[..., i] == codes[..., i] * scale[..., i // size]`, with blocks of that size along the
@@ -54,6 +42,11 @@ class QuantizedArray:
     dtype: the floating-point dtype that `dequantize` returns by default (static).
     blocks: which elements share a scale (static); None for a format without scales.
   """
+
+  ADVICE: ClassVar[str] = (
+    'a quantized parameter, whose leaves are integer codes and scales. Its updates are those of an lpmm_optax '
+    'optimizer; docs/guides/wrappers.md says which wrappers of Optax go around one, and what there is for the others'
+  )
 
   codes: jax.Array
   scales: jax.Array | None
@@ -101,29 +94,23 @@ class QuantizedArray:
     check('<array>', self)
     return _cast(_mesh.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
 
+  def explain(self, what: str) -> str:
+    """A message for who uses it as an array."""
+    return (
+      f'{what} needs an array, and {self!r} is none: call lpmm_optax.dequantize(params) before the model uses them, in '
+      'evaluation too; a transformation of gradients that looks at parameters goes into lpmm_optax.chain'
+    )
+
+  def __jax_array__(self) -> Any:
+    raise _refusal.NotAnArrayError(self.explain('jax.numpy'))
+
   def __repr__(self) -> str:
     shape = getattr(self.codes, 'shape', None)
     content = f'of {self.codes!r}' if shape is None else f'{jnp.dtype(self.dtype).name}{list(shape)}'
     return f'QuantizedArray({content} as {self.format})'
 
 
-# What arrays can do and codes cannot.
-# fmt: off
-_BINARY = (
-  'add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'divmod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift',
-)
-_UNARY = ('neg', 'pos', 'abs', 'invert', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int')
-_ATTRIBUTES = (
-  'T', 'mT', 'at', 'astype', 'reshape', 'ravel', 'flatten', 'transpose', 'squeeze', 'real', 'imag', 'sum', 'mean',
-  'std', 'var', 'min', 'max', 'prod', 'dot', 'item', 'tolist', 'copy', 'clip', 'round',
-)
-# fmt: on
-for _name in (*_BINARY, *(f'r{name}' for name in _BINARY), *_UNARY):
-  setattr(QuantizedArray, f'__{_name}__', _refusing(f'__{_name}__'))
-for _name in _ATTRIBUTES:
-  setattr(QuantizedArray, _name, property(_refusing(f'.{_name}')))
-QuantizedArray.__array__ = _refusing('NumPy')  # type: ignore[attr-defined]
-QuantizedArray.__jax_array__ = _refusing('jax.numpy')  # type: ignore[attr-defined]
+_refusal.refuse_array_operations(QuantizedArray)
 
 
 _WRAPPERS: dict[type, Callable[[Any], Any]] = {}
@@ -159,25 +146,53 @@ def check(path: str, leaf: Any) -> None:
   """Raises unless codes and scales of a quantized leaf are what its format and its blocks say.
 
   Raises:
-    TypeError: if the codes are not the integers of the format any more.
+    TypeError: if something else stands in their place, which a map over the leaves of a tree has put there.
     ValueError: if a slice or a transposition has taken codes and scales apart.
   """
   if not is_quantized(leaf):
     return
-  if getattr(leaf.codes, 'dtype', leaf.format.code_dtype) != leaf.format.code_dtype:
-    raise TypeError(
-      f'{path}: the codes of an array stored as {leaf.format} have become {leaf.codes.dtype}, by arithmetic on a tree '
-      'of quantized arrays (optax.incremental_update, say); dequantize it first, and keep averages dense'
-    )
-  shape, scales_shape = getattr(leaf.codes, 'shape', None), getattr(leaf.scales, 'shape', None)
-  if leaf.blocks is None or shape is None or scales_shape is None:
-    return
-  if leaf.blocks.scales_shape(shape) != scales_shape:
+  children = {'codes': (leaf.codes, leaf.format.code_dtype), 'scales': (leaf.scales, jnp.uint16)}
+  for name, (x, dtype) in children.items():
+    if name == 'scales' and not leaf.format.has_scales:
+      continue
+    if isinstance(x, _refusal.Delta):
+      raise TypeError(f'{path}: {leaf!r} is {x.ADVICE}')
+    if not hasattr(x, 'dtype'):
+      raise TypeError(
+        f'{path}: the {name} of an array stored as {leaf.format} have become {x!r}. What maps or filters a tree must '
+        'take a quantized array for one leaf (is_leaf=lpmm_optax.is_quantized), or take integers for arrays '
+        '(equinox.is_array, where is_inexact_array does not)'
+      )
+    if x.dtype != dtype:
+      raise TypeError(
+        f'{path}: the {name} of an array stored as {leaf.format} have become {x.dtype}, by arithmetic on a tree of '
+        'quantized arrays (optax.incremental_update, say); dequantize it first, and keep averages dense or with '
+        'lpmm_optax.ema'
+      )
+  if leaf.blocks is not None and leaf.blocks.scales_shape(leaf.codes.shape) != leaf.scales.shape:
     raise ValueError(
-      f'{path}: codes of shape {shape} and scales of shape {scales_shape} do not belong together: blocks of '
-      f'{leaf.blocks.size} run along axis {leaf.blocks.axis}; only slices along axes before it can be taken of codes '
-      'and scales alike, else dequantize first'
+      f'{path}: codes of shape {leaf.codes.shape} and scales of shape {leaf.scales.shape} do not belong together: '
+      f'blocks of {leaf.blocks.size} run along axis {leaf.blocks.axis}; only slices along axes before it can be taken '
+      'of codes and scales alike, else dequantize first'
     )
+
+
+def seal(updates: Any, params: Any) -> Any:
+  """A tree of deltas, those of quantized leaves as `Delta`s."""
+
+  def one(path, update, leaf):
+    if not is_quantized(update) or isinstance(update.codes, _refusal.Delta):
+      return update
+    pairs = zip(stored(update), stored(leaf), strict=True)
+    wrapped = (None if x is None else _refusal.Delta(path_str(path), x, y) for x, y in pairs)
+    return with_stored(update, _codec.Stored(*wrapped))
+
+  return jax.tree_util.tree_map_with_path(one, updates, params, is_leaf=is_quantized)
+
+
+def unseal(updates: Any) -> Any:
+  """The same with the arrays themselves, for what selects between whole trees of deltas."""
+  return jax.tree.map(lambda x: x.change if isinstance(x, _refusal.Delta) else x, updates)
 
 
 def path_str(path: Any) -> str:

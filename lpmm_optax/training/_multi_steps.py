@@ -250,7 +250,8 @@ class Microbatches:
     def advance(gradients, inner_state):
       if not isinstance(self.tx, _low_precision.InPlaceTransformation):
         gradients = _gradient.dense(gradients, params)
-      return self.tx.update(gradients, inner_state, params, **extra_args)
+      deltas, inner_state = self.tx.update(gradients, inner_state, params, **extra_args)
+      return _array.unseal(deltas), inner_state
 
     gradients, last, state = self._accumulated(updates, params, state)
     deltas = jax.eval_shape(advance, gradients, state.inner_opt_state)[0]

@@ -9,6 +9,7 @@ import optax
 
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.storage import _array
 
 
 def step(
@@ -169,7 +170,10 @@ def apply_if_finite(
     return new, optax.ApplyIfFiniteState(consecutive, finite, total, inner_state)
 
   def update(gradients, state, params=None, **extra_args):
-    advance = lambda params, inner_state: inner.update(gradients, inner_state, params, **extra_args)
+    def advance(params, inner_state):
+      deltas, inner_state = inner.update(gradients, inner_state, params, **extra_args)
+      return _array.unseal(deltas), inner_state
+
     return guard(gradients, params, state, advance, lambda params: jax.tree.map(jnp.zeros_like, params))
 
   def in_place(gradients, params, state, **extra_args):

@@ -225,22 +225,19 @@ def test_optax_wrappers(wrapper, make):
     'named_chain': lambda: optax.named_chain(('clip', optax.clip(1.0)), ('opt', inner)),
   }[wrapper]()
   with jax.numpy_dtype_promotion('standard'):  # inject_hyperparams looks for a common dtype of codes and scales.
-    state = tx.init(params)
-    updates, state = jax.jit(tx.update)(PAIR_GRADS, state, params)
+    updated, state = jax.jit(step_by(tx, 'update'))(PAIR_GRADS, params, tx.init(params))
   if wrapper == 'inject_hyperparams':
     # Its products of scalars are computed in float32, those of constants by Python.
     with_hyper = lambda hyper: lpmm.step(make.func(**hyper), PAIR_GRADS, params, inner.init(params))
     expected, _ = jax.jit(with_hyper)(state.hyperparams)
-  assert_same_bits(optax.apply_updates(params, updates), expected)
+  assert_same_bits(updated, expected)
 
 
 @pytest.mark.parametrize('make', OURS.values(), ids=OURS)
 def test_frozen_parameters_keep_their_bits_and_take_no_state(make):
   params = lpmm.quantize(PAIR, lpmm.INT8)
   tx = optax.partition({'train': make(), 'freeze': lpmm.set_to_zero()}, {'a': 'freeze', 'b': 'train'})
-  state = tx.init(params)
-  updates, state = jax.jit(tx.update)(PAIR_GRADS, state, params)
-  updated = optax.apply_updates(params, updates)
+  updated, state = jax.jit(step_by(tx, 'update'))(PAIR_GRADS, params, tx.init(params))
   assert_same_bits(updated['a'], params['a'])
   assert (np.asarray(updated['b'].codes) != np.asarray(params['b'].codes)).any()
   alone = make().init({'b': params['b']})

@@ -1,0 +1,96 @@
+"""What is no array and says so: the errors of quantized arrays, and of the deltas that are added to them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# fmt: off
+_BINARY = (
+  'add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'divmod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift',
+)
+_UNARY = ('neg', 'pos', 'abs', 'invert', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int', 'complex')
+_ATTRIBUTES = (
+  'T', 'mT', 'at', 'astype', 'reshape', 'ravel', 'flatten', 'transpose', 'squeeze', 'real', 'imag', 'sum', 'mean',
+  'std', 'var', 'min', 'max', 'prod', 'dot', 'item', 'tolist', 'copy', 'clip', 'round',
+)
+# fmt: on
+
+
+class NotAnArrayError(TypeError, AttributeError):
+  """What is no array was used as one. An AttributeError besides, so that `hasattr` says what it lacks."""
+
+
+class Explained(type):
+  """A class whose name, as JAX prints it in errors about trees and types, comes with what to do about them."""
+
+  ADVICE: str
+
+  def __repr__(cls) -> str:
+    return f"<class 'lpmm_optax.{cls.__name__}': {cls.ADVICE}>"
+
+
+def refuse_array_operations(cls: type) -> None:
+  """Gives a class everything that arrays can do and it cannot; each raises a `NotAnArrayError` with its `explain`."""
+
+  def refusing(what: str) -> Callable[..., Any]:
+    def refuse(self: Any, *_: Any, **__: Any) -> Any:
+      raise NotAnArrayError(self.explain(what))
+
+    return refuse
+
+  special = {f'__{name}__' for name in (*_BINARY, *(f'r{name}' for name in _BINARY), *_UNARY)} - set(vars(cls))
+  for name in special:
+    setattr(cls, name, refusing(name))
+  for name in _ATTRIBUTES:
+    setattr(cls, name, property(refusing(f'.{name}')))
+  cls.__array__ = refusing('NumPy')  # type: ignore[attr-defined]
+
+
+class Delta(metaclass=Explained):
+  """The change of a quantized parameter's codes or scales: integers that wrap around, to be added to them and no others.
+
+  It is a leaf of a pytree and no array, so that whatever else is done to it, by a transformation that follows in a
+  chain or by a norm that is logged, is an error: those would take codes for numbers.
+
+  Attributes:
+    change: the integers.
+  """
+
+  ADVICE = (
+    'the change of a quantized parameter, which optax.apply_updates takes and nothing else. Where more is to be done, '
+    'there are lpmm_optax.step, its chain, partition, masked, MultiSteps and apply_if_finite, and low_precision to put '
+    'transformations of Optax inside of'
+  )
+  __array_ufunc__ = None  # NumPy leaves the sum to this class.
+
+  def __init__(self, path: str, change: jax.Array, stored: jax.Array):
+    self._path = path
+    self._stored = stored
+    self.change = change
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.change.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.change.dtype
+
+  def explain(self, what: str) -> str:
+    """A message for who uses it as an array."""
+    return f'{what} needs an array, and {self!r} is none: it is {self.ADVICE}'
+
+  def __add__(self, stored: Any) -> jax.Array:
+    # What an average or an accumulator holds has the same shape and dtype.
+    if stored is not self._stored:
+      raise NotAnArrayError(f'{self.explain("A sum")}. It can be added to the arrays that `update` was given alone')
+    return stored + self.change
+
+  __radd__ = __add__
+
+  def __repr__(self) -> str:
+    return f'Delta({self._path}, {self.dtype}{list(self.shape)})'
+
+
+refuse_array_operations(Delta)
