@@ -31,9 +31,11 @@ from lpmm_optax.training._backward import value_and_step
 from lpmm_optax.training._multi_steps import INTO_MOMENTUM
 from lpmm_optax.training._multi_steps import MultiSteps
 from lpmm_optax.training._multi_steps import MultiStepsState
+from lpmm_optax.training._partition import masked
+from lpmm_optax.training._partition import partition
+from lpmm_optax.training._partition import set_to_zero
 from lpmm_optax.training._step import apply_if_finite
 from lpmm_optax.training._step import chain
-from lpmm_optax.training._step import set_to_zero
 from lpmm_optax.training._step import step
 
 if _importlib_util.find_spec('flax') is not None:
@@ -66,7 +68,9 @@ __all__ = [
   'is_quantized',
   'lion',
   'low_precision',
+  'masked',
   'memory_report',
+  'partition',
   'quantize',
   'self_check',
   'set_to_zero',

@@ -183,9 +183,9 @@ def seal(updates: Any, params: Any) -> Any:
   def one(path, update, leaf):
     if not is_quantized(update) or isinstance(update.codes, _refusal.Delta):
       return update
-    pairs = zip(stored(update), stored(leaf), strict=True)
-    wrapped = (None if x is None else _refusal.Delta(path_str(path), x, y) for x, y in pairs)
-    return with_stored(update, _codec.Stored(*wrapped))
+    delta: Any = functools.partial(_refusal.Delta, path_str(path))
+    scales = None if update.scales is None else delta(update.scales, leaf.scales)
+    return dataclasses.replace(update, codes=delta(update.codes, leaf.codes), scales=scales)
 
   return jax.tree_util.tree_map_with_path(one, updates, params, is_leaf=is_quantized)
 

@@ -48,7 +48,7 @@ def refuse_array_operations(cls: type) -> None:
 
 
 class Delta(metaclass=Explained):
-  """The change of a quantized parameter's codes or scales: integers that wrap around, to be added to them and no others.
+  """The change of a quantized parameter's codes or scales: integers that wrap around, to be added to these alone.
 
   It is a leaf of a pytree and no array, so that whatever else is done to it, by a transformation that follows in a
   chain or by a norm that is logged, is an error: those would take codes for numbers.

@@ -1,4 +1,4 @@
-"""`step`, and what keeps it or its deltas: `chain`, `apply_if_finite`, `set_to_zero`."""
+"""`step`, and what keeps it in place: `chain`, `apply_if_finite`."""
 
 from typing import Any
 
@@ -89,37 +89,6 @@ def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransform
 
   update, obstacles = optax.with_extra_args_support(chained).update, _low_precision.obstacles_of(txs[-1])
   return _low_precision.InPlaceTransformation(chained.init, update, chained_step, obstacles=obstacles)
-
-
-def set_to_zero() -> optax.GradientTransformation:
-  """`optax.set_to_zero` for quantized parameters: what it is given stays as it is, bit for bit.
-
-  Optax's own returns gradients of zero, which are of another structure than deltas of quantized parameters.
-
-  Returns:
-    A transformation without state whose `update` needs the parameters.
-
-  Raises:
-    ValueError: at `update`, if it gets none.
-
-  >>> import jax.numpy as jnp, optax, lpmm_optax as lpmm
-  >>> params = lpmm.quantize({'body': jnp.ones((64, 64)), 'head': jnp.ones((64, 64))}, lpmm.INT8)
-  >>> labels = {'body': 'freeze', 'head': 'train'}
-  >>> tx = optax.partition({'train': lpmm.adamw(0.1), 'freeze': lpmm.set_to_zero()}, labels)
-  >>> gradients = {'body': jnp.ones((64, 64)), 'head': jnp.ones((64, 64))}
-  >>> updates, state = tx.update(gradients, tx.init(params), params)
-  >>> params = optax.apply_updates(params, updates)
-  >>> {name: round(float(jnp.mean(x)), 2) for name, x in lpmm.dequantize(params).items()}
-  {'body': 1.0, 'head': 0.9}
-  """
-
-  def update(updates, state, params=None):
-    del updates
-    if params is None:
-      raise ValueError('set_to_zero needs the parameters: call update(gradients, state, params)')
-    return jax.tree.map(jnp.zeros_like, params), state
-
-  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
