@@ -110,7 +110,7 @@ class QuantizedArray(metaclass=_refusal.Explained):
     return f'QuantizedArray({content} as {self.format})'
 
 
-_refusal.refuse_array_operations(QuantizedArray)
+_refusal.refuse_array_operations(QuantizedArray, _refusal.ATTRIBUTES)
 
 
 _WRAPPERS: dict[type, Callable[[Any], Any]] = {}
@@ -173,7 +173,7 @@ def check(path: str, leaf: Any) -> None:
     raise ValueError(
       f'{path}: codes of shape {leaf.codes.shape} and scales of shape {leaf.scales.shape} do not belong together: '
       f'blocks of {leaf.blocks.size} run along axis {leaf.blocks.axis}; only slices along axes before it can be taken '
-      'of codes and scales alike, else dequantize first'
+      'of codes and scales alike, else call lpmm_optax.dequantize first'
     )
 
 

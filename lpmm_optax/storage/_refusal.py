@@ -1,6 +1,7 @@
 """What is no array and says so: the errors of quantized arrays, and of the deltas that are added to them."""
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ _BINARY = (
   'add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'divmod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift',
 )
 _UNARY = ('neg', 'pos', 'abs', 'invert', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int', 'complex')
-_ATTRIBUTES = (
+ATTRIBUTES = (
   'T', 'mT', 'at', 'astype', 'reshape', 'ravel', 'flatten', 'transpose', 'squeeze', 'real', 'imag', 'sum', 'mean',
   'std', 'var', 'min', 'max', 'prod', 'dot', 'item', 'tolist', 'copy', 'clip', 'round',
 )
@@ -30,8 +31,8 @@ class Explained(type):
     return f"<class 'lpmm_optax.{cls.__name__}': {cls.ADVICE}>"
 
 
-def refuse_array_operations(cls: type) -> None:
-  """Gives a class everything that arrays can do and it cannot; each raises a `NotAnArrayError` with its `explain`."""
+def refuse_array_operations(cls: type, attributes: Sequence[str] = ()) -> None:
+  """Gives a class the operators that arrays have and it lacks; each raises a `NotAnArrayError` with its `explain`."""
 
   def refusing(what: str) -> Callable[..., Any]:
     def refuse(self: Any, *_: Any, **__: Any) -> Any:
@@ -42,7 +43,7 @@ def refuse_array_operations(cls: type) -> None:
   special = {f'__{name}__' for name in (*_BINARY, *(f'r{name}' for name in _BINARY), *_UNARY)} - set(vars(cls))
   for name in special:
     setattr(cls, name, refusing(name))
-  for name in _ATTRIBUTES:
+  for name in attributes:
     setattr(cls, name, property(refusing(f'.{name}')))
   cls.__array__ = refusing('NumPy')  # type: ignore[attr-defined]
 
@@ -89,8 +90,11 @@ class Delta(metaclass=Explained):
 
   __radd__ = __add__
 
+  def __getattr__(self, name: str) -> Any:
+    raise NotAnArrayError(self.explain(f'.{name}'))
+
   def __repr__(self) -> str:
-    return f'Delta({self._path}, {self.dtype}{list(self.shape)})'
+    return f'Delta({self._path}, {self.dtype}{list(self.shape)}, for lpmm_optax.step or optax.apply_updates alone)'
 
 
 refuse_array_operations(Delta)

@@ -322,7 +322,8 @@ def plan_update(
     if got_treedef != jax.tree.structure(expected):
       raise ValueError(
         f'the inner transformation got {"gradients" if what == "updates" else "a state"} of structure '
-        f'{jax.tree.structure(expected)} and returned {what} of structure {got_treedef}'
+        f'{jax.tree.structure(expected)} and returned {what} of structure {got_treedef}; lpmm_optax.chain and '
+        'low_precision take those that keep both, as optax.snapshot does, but not optax.monitor'
       )
   numbers = iter(graph.inputs)
   inputs = {next(numbers): ('gradient', i) for i in params.active}
