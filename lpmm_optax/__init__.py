@@ -28,6 +28,9 @@ from lpmm_optax.storage._format import INT16
 from lpmm_optax.storage._format import UINT8_SQRT
 from lpmm_optax.storage._format import Format
 from lpmm_optax.training._backward import value_and_step
+from lpmm_optax.training._ema import Ema
+from lpmm_optax.training._ema import EmaState
+from lpmm_optax.training._ema import ema
 from lpmm_optax.training._multi_steps import INTO_MOMENTUM
 from lpmm_optax.training._multi_steps import MultiSteps
 from lpmm_optax.training._multi_steps import MultiStepsState
@@ -50,6 +53,8 @@ __all__ = [
   'INT16',
   'INTO_MOMENTUM',
   'UINT8_SQRT',
+  'Ema',
+  'EmaState',
   'Format',
   'InPlaceTransformation',
   'LowPrecisionState',
@@ -65,6 +70,7 @@ __all__ = [
   'chain',
   'convert',
   'dequantize',
+  'ema',
   'is_quantized',
   'lion',
   'low_precision',

@@ -407,6 +407,45 @@ class MultiSteps(_low_precision.InPlaceTransformation):
     """Whether the last microbatch completed a step, bool[]."""
     return (state.mini_step == 0) & (state.gradient_step > 0)
 
+  def mean_gradients(self, state: MultiStepsState) -> Any:
+    """The mean of the microbatches' gradients since the last optimizer step, to be looked at; zero where none came.
+
+    It is of what has come before a step, whose last gradient goes from the backward pass into the update. To log a norm
+    of what the optimizer takes, all microbatches included, give it a preceding transformation that keeps one, such as
+    ``lpmm.MultiSteps(lpmm.chain(optax.snapshot('norm', optax.tree.norm), tx), k)``, and read
+    ``optax.tree.get(state, 'norm')``.
+
+    Args:
+      state: of this.
+
+    Returns:
+      A tree like the parameters of dense arrays; under jit, a norm of it takes no memory for them.
+
+    Raises:
+      ValueError: with `INTO_MOMENTUM`, which has no accumulator.
+
+    >>> import jax.numpy as jnp, lpmm_optax as lpmm
+    >>> params, tx = lpmm.quantize(jnp.zeros((64, 64)), lpmm.INT8), lpmm.MultiSteps(lpmm.adamw(0.1), 4)
+    >>> state = tx.init(params)
+    >>> for g in (1.0, 2.0):
+    ...   params, state = lpmm.step(tx, jnp.full((64, 64), g), params, state)
+    >>> print(f'{jnp.mean(tx.mean_gradients(state)):.2f}')
+    1.50
+    """
+    if self.microbatches.momentum is not None:
+      raise ValueError('with accumulator=INTO_MOMENTUM there is no accumulator, and so no mean of gradients')
+    count = state.mini_step.astype(jnp.float32)
+    scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0.0)
+    if self.microbatches.use_grad_mean:
+      scale = scale * self.microbatches.count(state).astype(jnp.float32)
+
+    def mean(x):
+      # A dense accumulator of a mean holds the mean so far; all others hold a sum, of which the mean divides by k.
+      is_mean = self.microbatches.use_grad_mean and not _array.is_quantized(x)
+      return x if is_mean else _array.dequantize(x) * scale.astype(x.dtype)
+
+    return jax.tree.map(mean, state.acc_grads, is_leaf=_array.is_quantized)
+
   def gradient_transformation(self) -> 'MultiSteps':
     """Itself: a gradient transformation already."""
     return self
