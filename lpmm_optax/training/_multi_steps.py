@@ -425,7 +425,7 @@ class MultiSteps(_low_precision.InPlaceTransformation):
       ValueError: with `INTO_MOMENTUM`, which has no accumulator.
 
     >>> import jax.numpy as jnp, lpmm_optax as lpmm
-    >>> params, tx = lpmm.quantize(jnp.zeros((64, 64)), lpmm.INT8), lpmm.MultiSteps(lpmm.adamw(0.1), 4)
+    >>> params, tx = lpmm.quantize(jnp.zeros((64, 64)), lpmm.INT8), lpmm.MultiSteps(lpmm.sgdm(0.1), 4)
     >>> state = tx.init(params)
     >>> for g in (1.0, 2.0):
     ...   params, state = lpmm.step(tx, jnp.full((64, 64), g), params, state)
