@@ -5,6 +5,7 @@ import importlib.util as _importlib_util
 from lpmm_optax.optimizers._adam import adam
 from lpmm_optax.optimizers._adam import adamw
 from lpmm_optax.optimizers._lion import lion
+from lpmm_optax.optimizers._low_precision import EagerStepWarning
 from lpmm_optax.optimizers._low_precision import InPlaceTransformation
 from lpmm_optax.optimizers._low_precision import LowPrecisionState
 from lpmm_optax.optimizers._low_precision import low_precision
@@ -53,6 +54,7 @@ __all__ = [
   'INT16',
   'INTO_MOMENTUM',
   'UINT8_SQRT',
+  'EagerStepWarning',
   'Ema',
   'EmaState',
   'Format',

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 from typing import Any
 from typing import NamedTuple
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,26 @@ class LowPrecisionState(NamedTuple):
   inner_state: Any
 
 
+class EagerStepWarning(UserWarning):
+  """A loop takes its steps outside of `jax.jit`, which traces the optimizer anew each time."""
+
+
+_eager_steps = itertools.count(1)
+_MOST_EAGER_STEPS = 10  # One or two are somebody trying something out.
+
+
+def _warn_of_eager_steps(gradients: Any) -> None:
+  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(gradients)):
+    return
+  if next(_eager_steps) == _MOST_EAGER_STEPS:
+    warnings.warn(
+      'steps of lpmm_optax outside of jax.jit trace the optimizer anew, and take tens of times as long as a compiled '
+      'one; put the step under jax.jit, with parameters and state donated',
+      EagerStepWarning,
+      stacklevel=4,
+    )
+
+
 class InPlaceTransformation(optax.GradientTransformationExtraArgs):
   """An Optax transformation that also has the in-place `step`.
 
@@ -62,11 +84,16 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
 
   def __new__(cls, init, update, step, *, optimizer=None, obstacles=lambda params, **extra_args: {}):
     def sealed(updates, state, params=None, **extra_args):
+      _warn_of_eager_steps(updates)
       deltas, state = update(updates, state, params, **extra_args)
       return _array.seal(deltas, params), state
 
+    def watched(gradients, params, state, **extra_args):
+      _warn_of_eager_steps(gradients)
+      return step(gradients, params, state, **extra_args)
+
     self = super().__new__(cls, init, sealed)
-    self.step = step
+    self.step = watched
     self._optimizer = optimizer
     self._obstacles = obstacles
     return self

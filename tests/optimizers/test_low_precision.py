@@ -1,6 +1,9 @@
 """Any Optax transformation in low precision: that it is the same optimizer, by every route."""
 
+import functools
+import itertools
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from transformations import field_formats
 from transformations import tree
 
 import lpmm_optax as lpmm
+from lpmm_optax.optimizers import _low_precision
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -142,3 +146,16 @@ def test_float64_is_computed_in_float64_when_dense_and_refused_otherwise():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13), actual, expected)
     with pytest.raises(TypeError, match=r'mu/a.*float64'):
       lpmm.adamw(0.01).init(params)
+
+
+def test_a_loop_of_eager_steps_is_warned_of_once(monkeypatch):
+  monkeypatch.setattr(_low_precision, '_eager_steps', itertools.count(1))
+  tx, params = lpmm.sgdm(0.1), {'w': jnp.ones(3)}
+  state = tx.init(params)
+  jax.jit(functools.partial(lpmm.step, tx))(params, params, state)
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    for _ in range(2 * _low_precision._MOST_EAGER_STEPS):
+      params, state = lpmm.step(tx, {'w': jnp.ones(3)}, params, state)
+  (warning,) = [w for w in caught if w.category is lpmm.EagerStepWarning]
+  assert 'jax.jit' in str(warning.message)
