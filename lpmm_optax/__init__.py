@@ -10,6 +10,7 @@ from lpmm_optax.optimizers._low_precision import InPlaceTransformation
 from lpmm_optax.optimizers._low_precision import LowPrecisionState
 from lpmm_optax.optimizers._low_precision import low_precision
 from lpmm_optax.optimizers._sgdm import sgdm
+from lpmm_optax.state import _export as _export
 from lpmm_optax.state._convert import convert
 from lpmm_optax.state._report import MemoryReport
 from lpmm_optax.state._report import memory_report

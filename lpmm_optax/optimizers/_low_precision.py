@@ -106,6 +106,11 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     """The same, where a train state is copied."""
     return self
 
+  def _replace(self, **fields):
+    """With another `init` it keeps its in-place step; with another `update` it is a transformation without one."""
+    replaced = optax.GradientTransformationExtraArgs(self.init, self.update)._replace(**fields)
+    return replaced if 'update' in fields else _restore(type(self), *replaced, vars(self))
+
   def __reduce__(self):
     """For cloudpickle and its like: `__new__` takes other arguments than a tuple's."""
     return _restore, (type(self), self.init, self.update, vars(self))
