@@ -97,9 +97,10 @@ def test_a_mean_of_gradients_is_that_of_the_microbatches_so_far(use_grad_mean):
     jax.tree.map(lambda m, x, i=i: np.testing.assert_allclose(m, 0.5 * i * x, atol=3 * 4 / 126 * 3), mean, DENSE)
     params, state = lpmm.step(tx, jax.tree.map(lambda x, i=i: (i + 0.5) * x, DENSE), params, state)
   assert_same_bits(tx.mean_gradients(state), jax.tree.map(jnp.zeros_like, DENSE))
+  into = lpmm.MultiSteps(lpmm.sgdm(0.1), 3, accumulator=lpmm.INTO_MOMENTUM)
+  state = into.init(PARAMS)
   with pytest.raises(ValueError, match='no accumulator'):
-    into = lpmm.MultiSteps(lpmm.sgdm(0.1), 3, accumulator=lpmm.INTO_MOMENTUM)
-    into.mean_gradients(into.init(PARAMS))
+    into.mean_gradients(state)
 
 
 def test_a_penalty_is_of_what_the_loss_dequantizes():
