@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from runs import slow
+from runs import step_by
 
 import lpmm_optax as lpmm
 
@@ -163,5 +164,5 @@ def test_eager_steps_of_injected_hyperparameters_compile_once_and_leak_nothing()
     assert len(compiled) == before
 
     with jax.checking_leaks():
-      step = jax.jit(lambda g, p, s, tx=tx: tx.update(g, s, p))
+      step = jax.jit(step_by(tx, 'update'))
       step({'w': normal(0, 64, 128)}, params, state)
