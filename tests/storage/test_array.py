@@ -312,3 +312,19 @@ def test_it_has_no_attributes_of_an_array_and_can_always_be_printed():
   assert hasattr(q, 'shape')
   for leaf in (None, 1.5, 'text', (64, 128)):
     assert 'int8' in repr(jax.tree.map(lambda _, leaf=leaf: leaf, q))
+
+
+REPLACED = {
+  'a filter': (lambda x: None, r'have become None.*is_leaf=lpmm_optax\.is_quantized.*equinox\.is_array'),
+  'a mask': (lambda x: True, 'have become True'),
+  'an average': (lambda x: 0.5 * x.astype(jnp.float32), r'have become float32.*lpmm_optax\.ema'),
+}
+
+
+@pytest.mark.parametrize(('replace', 'message'), REPLACED.values(), ids=REPLACED)
+def test_what_stands_in_the_place_of_codes_is_named_with_its_leaf(replace, message):
+  params = jax.tree.map(replace, lpmm.quantize({'layer': {'weight': jnp.ones((64, 128))}}, lpmm.INT8))
+  with pytest.raises(TypeError, match=rf'layer/weight: the codes .*{message}'):
+    lpmm.dequantize(params)
+  with pytest.raises(TypeError, match=rf'layer/weight: the codes .*{message}'):
+    lpmm.sgdm(0.1).init(params)
