@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
+import types
 from typing import Any
 from typing import NamedTuple
 
@@ -232,18 +233,33 @@ def low_precision(
 
 def _evaluate_outer(
   plan: _plan.Plan,
+  wanted: Sequence[int],
   tile_size: int,
   zero: jax.Array,
-  gradients: dict[int, _gradient.Gradient],
+  gradients: Mapping[int, _gradient.Gradient],
   arrays: list[Any],
   leaves: list[Any],
+  reduced: Mapping[int, jax.Array],
+  with_effects: bool,
 ) -> dict[int, jax.Array]:
-  """The outer values of a plan: from the gradients of its leaves, the arrays of its entries, and the parameters."""
+  """Outer values of a plan.
+
+  Args:
+    plan: of the update.
+    wanted: numbers of the values.
+    tile_size: in elements.
+    zero: uint32[], zero at run time.
+    gradients: by leaf, as far as the values need them.
+    arrays: of the plan's entries.
+    leaves: the parameters.
+    reduced: reductions of gradients that are known already.
+    with_effects: whether side effects happen.
+  """
   # An accumulated gradient would be decoded whole to be reduced.
   reductions = {
     value: reduction
     for value, reduction in plan.reductions.items()
-    if _array.is_quantized(gradients[reduction.leaf].accumulated)
+    if reduction.leaf in gradients and _array.is_quantized(gradients[reduction.leaf].accumulated)
   }
 
   def evaluate(zero, sources):
@@ -252,6 +268,8 @@ def _evaluate_outer(
 
     def argument(value):
       aval = plan.graph.avals[value]
+      if value in reduced:
+        return sources['reduced'][value]
       if value in reductions:
         reduction = reductions[value]
         scalars = plan.graph.evaluate(reduction.scalars, argument, zero=zero)
@@ -269,11 +287,12 @@ def _evaluate_outer(
         return _program.hidden(x) if is_number else x
       return exact(lambda x: _array.dequantize(x, aval.dtype), x)
 
-    return plan.graph.evaluate(plan.outer, argument, given=reductions, zero=zero, with_effects=True)
+    given = {*reductions, *reduced}
+    return plan.graph.evaluate(wanted, argument, given=given, zero=zero, with_effects=with_effects)
 
   templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
   closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
-  sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
+  sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure, 'reduced': reduced}
   return _mesh.follow_each(evaluate, templates, zero, sources)
 
 
@@ -377,73 +396,196 @@ class LowPrecision:
       )
     return tuple(before), own
 
-  def _advance(
-    self, gradients: Any, params: Any, state: Any, in_place: bool, extra_args: dict[str, Any]
-  ) -> tuple[Any, Any]:
-    if params is None:
-      raise ValueError(f'{self.name} needs the parameters: call update(gradients, state, params)')
+  def planned(
+    self,
+    structure: _plan.Params,
+    leaves: list[Any],
+    state: Any,
+    extra_args: dict[str, Any],
+    gradients: Mapping[int, _gradient.Gradient] | None = None,
+  ) -> 'PlannedStep':
+    """The next step.
+
+    Args:
+      structure: of the parameters.
+      leaves: of the parameters.
+      state: as `init` made it, or a step.
+      extra_args: passed on.
+      gradients: by leaf, of which types alone count; None if they are not known yet.
+    """
     before, own = self._split(state)
-    structure, leaves = _plan.flatten(params)
-    gradients = _gradient.flatten(structure, gradients)
     combined = own.inner_state if self.preceding is None else (*before, own.inner_state)
     entries, arrays, treedef = _plan.entries_of(structure, combined)
     _plan.check_state(self.name, self.composite, structure, entries, arrays)
-    templates = {i: gradient.template(structure.templates[i]) for i, gradient in gradients.items()}
+    templates = None
+    if gradients is not None:
+      templates = {i: gradient.template(structure.templates[i]) for i, gradient in gradients.items()}
     plan = _plan.plan_update(self.composite, structure, entries, arrays, treedef, extra_args, templates)
     step = _program.hidden(own.step)
-    zero = _program.runtime_zero(step)
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
-    tile_size = self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
-    outer = _evaluate_outer(plan, tile_size, zero, gradients, arrays, leaves)
-    hyperparams = self.feedback.hyperparams(step, own.inner_state) if self.feedback else {}
     keys = [structure.keys[i] for i in structure.active]
     words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
     names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(entries)]
+    return PlannedStep(
+      self,
+      structure,
+      leaves,
+      own,
+      arrays,
+      treedef,
+      plan,
+      names,
+      dict(zip(structure.active, words, strict=True)),
+      _program.runtime_zero(step),
+      self.feedback.hyperparams(step, own.inner_state) if self.feedback else {},
+      self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most),
+    )
 
-    new_leaves = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
-    new_arrays = list(arrays)
-    for e, value in plan.shared.items():
-      new = jnp.broadcast_to(outer[value], arrays[e].shape)
-      new_arrays[e] = new if new.dtype == arrays[e].dtype else new.astype(arrays[e].dtype)
-    for (i, leaf), leaf_words in zip(plan.leaves.items(), words, strict=True):
-      names_of_fields = tuple(names[e] for e in leaf.fields)
-      feedback = self.feedback if self.feedback and self.feedback.fields <= set(names_of_fields) else None
-      fields = [arrays[e] for e in leaf.fields]
-      static = _update.LeafUpdate(
-        leaf.program,
-        leaves[i].shape,
-        tile_size,
-        self.shard_axes,
-        names_of_fields,
-        feedback.correct if feedback else None,
-        in_place,
-        leaf.is_difference,
-      )
-      values = gradients[i], [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
-      if any(_array.is_quantized(x) for x in (leaves[i], *fields)):
-        values = jax.tree.map(functools.partial(_without_derivative, structure.paths[i]), values)
-      gradient, reads, scalars = values
-      new_leaves[i], new_fields = _update.follow(
-        _update.update_leaf,
-        static,
-        _array.stored(leaves[i]).codes,
-        gradient,
-        leaves[i],
-        leaf_words,
-        zero,
-        fields,
-        reads,
-        scalars,
-        hyperparams if feedback else {},
-      )
-      for e, array in zip(leaf.fields, new_fields, strict=True):
-        new_arrays[e] = array
-    combined = treedef.unflatten(new_arrays)
-    *new_before, inner_state = (combined,) if self.preceding is None else combined
-    new_own = LowPrecisionState(optax.safe_increment(own.step), own.key, inner_state)
-    return structure.treedef.unflatten(new_leaves), new_own if self.preceding is None else (*new_before, new_own)
+  def _advance(
+    self, gradients: Any, params: Any, state: Any, in_place: bool, extra_args: dict[str, Any]
+  ) -> tuple[Any, Any]:
+    if params is None:
+      raise ValueError(f'{self.name} needs the parameters: call update(gradients, state, params)')
+    structure, leaves = _plan.flatten(params)
+    by_leaf = _gradient.flatten(structure, gradients)
+    planned = self.planned(structure, leaves, state, extra_args, by_leaf)
+    outer = planned.outer(planned.plan.outer, by_leaf, with_effects=True)
+    new = {
+      i: planned.leaf(i, outer, in_place).run(by_leaf[i], leaves[i], planned.fields(i)) for i in planned.plan.leaves
+    }
+    rest = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
+    return planned.finish(new, outer, rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafStep:
+  """The update of one leaf, but for its gradient, its arrays and those of its state.
+
+  Attributes:
+    path: of the leaf.
+    static: of the update.
+    words: its random words.
+    zero: uint32[], zero at run time.
+    reads: dense arrays of the leaf's shape.
+    scalars: of the program.
+    hyperparams: of the feedback.
+  """
+
+  path: str
+  static: _update.LeafUpdate
+  words: jax.Array
+  zero: jax.Array
+  reads: list[jax.Array] = dataclasses.field(default_factory=list)
+  scalars: list[jax.Array] = dataclasses.field(default_factory=list)
+  hyperparams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  def run(
+    self, gradient: _gradient.Gradient, target: Any, fields: Sequence[Any], start: Sequence[jax.Array] = ()
+  ) -> tuple[Any, list[Any]]:
+    """(new target or delta, new fields), as `update_leaf` gives them."""
+    values = gradient, self.reads, self.scalars
+    if any(_array.is_quantized(x) for x in (target, *fields)):
+      values = jax.tree.map(functools.partial(_without_derivative, self.path), values)
+    gradient, reads, scalars = values
+    arrays = gradient, target, self.words, self.zero, fields, reads, scalars, self.hyperparams, start
+    return _update.follow(_update.update_leaf, self.static, _array.stored(target).codes, *arrays)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedStep:
+  """A step of an optimizer whose gradients may be still to come.
+
+  Attributes:
+    optimizer: whose step it is.
+    structure: of the parameters.
+    leaves: the parameters.
+    own: the state of the optimizer.
+    arrays: of the state of what precedes it, and of its inner state.
+    treedef: of these.
+    plan: of the update.
+    names: of the entries.
+    words: uint32[slots, 2] per leaf.
+    zero: uint32[], zero at run time.
+    hyperparams: of the feedback.
+    tile_size: in elements.
+  """
+
+  optimizer: LowPrecision
+  structure: _plan.Params
+  leaves: list[Any]
+  own: LowPrecisionState
+  arrays: list[Any]
+  treedef: Any
+  plan: _plan.Plan
+  names: list[str]
+  words: dict[int, jax.Array]
+  zero: jax.Array
+  hyperparams: dict[str, jax.Array]
+  tile_size: int
+
+  def outer(
+    self,
+    wanted: Sequence[int],
+    gradients: Mapping[int, _gradient.Gradient],
+    reduced: Mapping[int, jax.Array] = types.MappingProxyType({}),
+    *,
+    with_effects: bool,
+  ) -> dict[int, jax.Array]:
+    """Outer values of the plan, by number; see `_evaluate_outer`."""
+    return _evaluate_outer(
+      self.plan, wanted, self.tile_size, self.zero, gradients, self.arrays, self.leaves, reduced, with_effects
+    )
+
+  def fields(self, i: int) -> list[Any]:
+    """The state of a leaf, in the order of its update."""
+    return [self.arrays[e] for e in self.plan.leaves[i].fields]
+
+  def leaf(self, i: int, outer: Mapping[int, jax.Array], in_place: bool) -> LeafStep:
+    """The update of a leaf, from the outer values that it needs."""
+    leaf = self.plan.leaves[i]
+    names = tuple(self.names[e] for e in leaf.fields)
+    feedback = self.optimizer.feedback
+    if feedback is not None and not feedback.fields <= set(names):
+      feedback = None
+    static = _update.LeafUpdate(
+      leaf.program,
+      self.leaves[i].shape,
+      self.tile_size,
+      self.optimizer.shard_axes,
+      names,
+      feedback.correct if feedback else None,
+      in_place,
+      leaf.is_difference,
+    )
+    reads, scalars = [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
+    path = self.structure.paths[i]
+    return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams if feedback else {})
+
+  def finish(
+    self, new: Mapping[int, tuple[Any, list[Any]]], outer: Mapping[int, jax.Array], rest: list[Any]
+  ) -> tuple[Any, Any]:
+    """(parameters or deltas, state) after the step.
+
+    Args:
+      new: by leaf, the parameter or delta, and its fields.
+      outer: the values that what belongs to no leaf becomes.
+      rest: the parameters or deltas of the leaves that are not updated, among all leaves.
+    """
+    leaves, arrays = list(rest), list(self.arrays)
+    for e, value in self.plan.shared.items():
+      shared = jnp.broadcast_to(outer[value], arrays[e].shape)
+      arrays[e] = shared if shared.dtype == arrays[e].dtype else shared.astype(arrays[e].dtype)
+    for i, (leaf, fields) in new.items():
+      leaves[i] = leaf
+      for e, array in zip(self.plan.leaves[i].fields, fields, strict=True):
+        arrays[e] = array
+    combined = self.treedef.unflatten(arrays)
+    is_alone = self.optimizer.preceding is None
+    *before, inner_state = (combined,) if is_alone else combined
+    own = LowPrecisionState(optax.safe_increment(self.own.step), self.own.key, inner_state)
+    return self.structure.treedef.unflatten(leaves), own if is_alone else (*before, own)
 
 
 def transform(
