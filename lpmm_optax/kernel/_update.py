@@ -232,6 +232,11 @@ REDUCERS: dict[str, tuple[Callable, Callable, Callable]] = {
 }
 
 
+def neutral(name: str, dtype: Any) -> jax.Array:
+  """The reduction of nothing."""
+  return jnp.asarray(REDUCERS[name][2](dtype), dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def reduce_leaf(
   name: str,
@@ -244,7 +249,7 @@ def reduce_leaf(
   """A reduction of all of `program(gradient, *scalars)` to a scalar of `dtype`, tile by tile."""
   template: Any = gradient.accumulated
   blocks = _array.blocks_of(template)
-  reduce, combine, start = REDUCERS[name]
+  reduce, combine = REDUCERS[name][:2]
 
   def body(tiling, step, total):
     view = _view.cells(tiling.tile_shape, blocks)
@@ -253,4 +258,4 @@ def reduce_leaf(
     (value,) = program(g, *scalars)
     return combine(total, reduce(jnp.broadcast_to(value, g.shape)))
 
-  return _tiles.fold(body, _tiles.choose_tilings(template.shape, blocks, tile_size), jnp.asarray(start(dtype), dtype))
+  return _tiles.fold(body, _tiles.choose_tilings(template.shape, blocks, tile_size), neutral(name, dtype))

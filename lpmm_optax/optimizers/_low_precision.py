@@ -459,6 +459,11 @@ class LowPrecision:
     return planned.finish(new, outer, rest)
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('words', 'zero', 'reads', 'scalars', 'hyperparams'),
+  meta_fields=('path', 'static'),
+)
 @dataclasses.dataclass(frozen=True)
 class LeafStep:
   """The update of one leaf, but for its gradient, its arrays and those of its state.

@@ -28,13 +28,14 @@ from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
 
-_CALLS = {
-  'checkpoint': 'jaxpr',
+# By name of a primitive that calls a function once: which of its parameters is that.
+CALLS = {
   'closed_call': 'call_jaxpr',
   'core_call': 'call_jaxpr',
   'custom_jvp_call': 'call_jaxpr',
   'custom_vjp_call': 'call_jaxpr',
   'jit': 'jaxpr',
+  'remat2': 'jaxpr',
 }
 
 # Their result at an index depends on their operands at that index alone, and their parameters name no shape.
@@ -268,8 +269,8 @@ def _is_cheap(jaxpr: Any) -> bool:
   """Whether a branch can as well be computed and then thrown away, which makes it elementwise where its parts are."""
   inner: list[Any] = []
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name in _CALLS:
-      inner.append(eqn.params[_CALLS[eqn.primitive.name]])
+    if eqn.primitive.name in CALLS:
+      inner.append(eqn.params[CALLS[eqn.primitive.name]])
     elif eqn.primitive is lax.cond_p:
       inner += eqn.params['branches']
     elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | REDUCTIONS:
@@ -310,8 +311,8 @@ def trace(fn: Callable, *args: Any) -> tuple[Graph, Any]:
         outputs = [new(var.aval) for var in eqn.outvars]
         for value, *alternatives in zip(outputs, *cases, strict=True):
           ops.append(Op(lax.select_n_p, {}, (index, *alternatives), (value,)))
-      elif eqn.primitive.name in _CALLS:
-        inner = eqn.params[_CALLS[eqn.primitive.name]]
+      elif eqn.primitive.name in CALLS:
+        inner = eqn.params[CALLS[eqn.primitive.name]]
         open_jaxpr, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
         outputs = inline(open_jaxpr, inner_consts, inputs)
       else:
