@@ -4,6 +4,8 @@ import importlib.util as _importlib_util
 
 from lpmm_optax.optimizers._adam import adam
 from lpmm_optax.optimizers._adam import adamw
+from lpmm_optax.optimizers._clipping import ClipByPreviousNormState
+from lpmm_optax.optimizers._clipping import clip_by_previous_norm
 from lpmm_optax.optimizers._lion import lion
 from lpmm_optax.optimizers._low_precision import InPlaceTransformation
 from lpmm_optax.optimizers._low_precision import LowPrecisionState
@@ -48,6 +50,7 @@ __all__ = [
   'INT16',
   'INTO_MOMENTUM',
   'UINT8_SQRT',
+  'ClipByPreviousNormState',
   'Format',
   'InPlaceTransformation',
   'LowPrecisionState',
@@ -61,6 +64,7 @@ __all__ = [
   'adamw',
   'apply_if_finite',
   'chain',
+  'clip_by_previous_norm',
   'convert',
   'dequantize',
   'is_quantized',

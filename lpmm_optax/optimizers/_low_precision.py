@@ -292,7 +292,7 @@ def _evaluate_outer(
 
   templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
   closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
-  sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure, 'reduced': reduced}
+  sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure, 'reduced': dict(reduced)}
   return _mesh.follow_each(evaluate, templates, zero, sources)
 
 

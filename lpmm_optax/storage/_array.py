@@ -96,9 +96,9 @@ class QuantizedArray:
   def sharding(self) -> jax.sharding.Sharding:
     return self.codes.sharding
 
-  def dense(self, dtype: Any = None) -> jax.Array:
-    """The values, in `dtype` or that of the array."""
-    check('<array>', self)
+  def dense(self, dtype: Any = None, path: str = '<root>') -> jax.Array:
+    """The values, in `dtype` or that of the array; messages call it by `path`."""
+    check(path, self)
     return _cast(_mesh.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
 
   def __repr__(self) -> str:
@@ -176,7 +176,7 @@ def check(path: str, leaf: Any) -> None:
     raise ValueError(
       f'{path}: codes of shape {shape} and scales of shape {scales_shape} do not belong together: blocks of '
       f'{leaf.blocks.size} run along axis {leaf.blocks.axis}; only slices along axes before it can be taken of codes '
-      'and scales alike, else dequantize first'
+      'and scales alike, else dequantize it first'
     )
 
 
@@ -442,8 +442,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   def one(path, leaf):
     if is_quantized(leaf):
-      check(path_str(path), leaf)
-      return leaf.dense(dtype)
+      return leaf.dense(dtype, path_str(path))
     if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf.astype(dtype)
     return leaf

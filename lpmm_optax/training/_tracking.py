@@ -33,11 +33,15 @@ READ.def_abstract_eval(lambda rows, *, sink: rows)
 mlir.register_lowering(READ, lambda context, rows, *, sink: [rows])
 
 
-def _refuse_batches(arguments, axes, *, sink):
-  raise TypeError(
-    f'{sink.path}: in a loss for value_and_step, jax.vmap maps over this quantized parameter; dequantize it first, or '
-    'map over other arguments alone (in_axes=None for the parameters)'
+def _under_vmap(path: str) -> TypeError:
+  return TypeError(
+    f'{path}: in a loss for value_and_step, jax.vmap maps over this quantized parameter, or over a function that '
+    'dequantizes it; dequantize it outside of that function'
   )
+
+
+def _refuse_batches(arguments, axes, *, sink):
+  raise _under_vmap(sink.path)
 
 
 batching.primitive_batchers[READ] = _refuse_batches
@@ -123,6 +127,7 @@ class Sink:
     axes = len(self.shape) - gradient.ndim
     start = self._start(rows, axes)
     step, weight = place.step, place.weight
+    writes: list[Any] = []
     if place.uses is not None:
       # A slice along another axis may have the shape of one along a leading axis, but not its rows.
       first = rows.reshape(-1)[0]
@@ -131,21 +136,27 @@ class Sink:
       # Every use is rounded by itself: with the same bits, errors of many uses would add up.
       uses = place.uses[...]
       use = jnp.max(_slice(uses, start))
-      place.uses[...] = _with_slice(uses, jnp.full(self.shape[axes:-1], use + 1), start)
       step = dataclasses.replace(step, words=jax.vmap(lambda word: _random.of_use(word, use))(step.words))
+      writes.append((place.uses, _with_slice(uses, jnp.full(self.shape[axes:-1], use + 1), start)))
     for number, reduction in self.reductions.items():
       reduce, combine = _update.REDUCERS[reduction.name][:2]
       (value,) = reduction.program(gradient.astype(jnp.float32), *place.scalars[number])
       total = place.totals[number]
-      total[...] = combine(total[...], reduce(jnp.broadcast_to(value, gradient.shape)))
+      writes.append((total, combine(total[...], reduce(jnp.broadcast_to(value, gradient.shape)))))
     whole = jax.tree.map(lambda ref: ref[...], place.slots)
     target, *fields = jax.tree.map(lambda x: _slice(x, start), whole)
     new_target, new_fields = step.run(_gradient.Gradient(recent=gradient, weight=weight), target, fields, start)
-
-    def write(ref, x, slice_of_x):
-      ref[...] = _with_slice(x, slice_of_x, start)
-
-    jax.tree.map(write, place.slots, whole, [new_target, *new_fields])
+    jax.tree.map(
+      lambda ref, x, new: writes.append((ref, _with_slice(x, new, start))),
+      place.slots,
+      whole,
+      [new_target, *new_fields],
+    )
+    try:
+      for ref, x in writes:
+        ref[...] = x
+    except Exception as error:
+      raise _under_vmap(self.path) from error
 
 
 # A `jax.Ref` could be indexed itself, but not on an explicit mesh. Compiled, it is the same: a Ref is an array again by
@@ -190,9 +201,11 @@ class TrackedArray(_array.QuantizedArray):
     (codes, scales, rows, anchor), (format, dtype, blocks, sink) = children, static
     return cls(codes, scales, format, dtype, blocks, rows, anchor, sink)
 
-  def dense(self, dtype: Any = None) -> jax.Array:
-    """The values; their cotangent goes into the sink."""
+  def dense(self, dtype: Any = None, path: str = '') -> jax.Array:
+    """The values; their cotangent goes into the sink, which knows the path of the parameter."""
+    del path
     sink = self.sink
+    _array.check(sink.path, self)
     sink.check(self.shape)
     # What moves is read where it moves: of codes that are read elsewhere after some were written, XLA makes a copy.
     codes = None
