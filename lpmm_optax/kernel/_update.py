@@ -188,30 +188,10 @@ def update_leaf(
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
 
-def accumulate_leaf(
-  static: LeafUpdate,
-  gradient: _gradient.Gradient,
-  word: jax.Array,
-  zero: jax.Array,
-  start: Sequence[jax.Array] = (),
-) -> Any:
-  """The new `gradient.accumulated`, after `gradient.recent`: an update of it that has no program and no fields.
-
-  Args:
-    static: of an update without a program.
-    gradient: with both arrays.
-    word: uint32[2], the random word of the leaf.
-    zero: uint32[], zero at run time.
-    start: as for `update_leaf`.
-  """
-  recent = dataclasses.replace(gradient, accumulated=None)
-  return update_leaf(static, recent, gradient.accumulated, word[None], zero, start=start)[0]
-
-
-def follow(update: Callable, static: LeafUpdate, template: jax.Array, *args: Any) -> Any:
-  """`update(static, *args)`, by `update_leaf` or `accumulate_leaf`, with results that are sharded as a template is."""
+def follow(static: LeafUpdate, template: jax.Array, *args: Any) -> tuple[Any, list[Any]]:
+  """`update_leaf(static, *args)`, with results that are sharded as a template is."""
   static = dataclasses.replace(static, sharding=_mesh.explicit_sharding(template))
-  return _mesh.follow(functools.partial(update, static), template, *args)
+  return _mesh.follow(functools.partial(update_leaf, static), template, *args)
 
 
 def _least(dtype: Any) -> Any:

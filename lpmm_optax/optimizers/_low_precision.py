@@ -495,7 +495,7 @@ class LeafStep:
       values = jax.tree.map(functools.partial(_without_derivative, self.path), values)
     gradient, reads, scalars = values
     arrays = gradient, target, self.words, self.zero, fields, reads, scalars, self.hyperparams, start
-    return _update.follow(_update.update_leaf, self.static, _array.stored(target).codes, *arrays)
+    return _update.follow(self.static, _array.stored(target).codes, *arrays)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

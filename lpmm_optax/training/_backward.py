@@ -21,7 +21,6 @@ from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
 from lpmm_optax.trace import _plan
-from lpmm_optax.trace import _program
 from lpmm_optax.training import _multi_steps
 from lpmm_optax.training import _reads
 from lpmm_optax.training import _step
@@ -98,17 +97,14 @@ def _accumulate(
   """`value_and_step` of a `MultiSteps`: gradients go into its accumulator or its momentum."""
   structure, leaves = loss.structure, loss.leaves
   targets = microbatches.targets(structure, opt_state)
-  words = microbatches.words(structure, opt_state)
-  zero = _program.runtime_zero(_program.hidden(opt_state.mini_step))
+  steps = microbatches.leaf_steps(structure, opt_state)
   tracked = [i for i in structure.active if _array.is_quantized(leaves[i]) and _array.is_quantized(targets[i])]
   loss.reads(tracked)
   places, sinks = {}, {}
   for i in tracked:
-    path = structure.paths[i]
-    step = _low_precision.LeafStep(path, microbatches.accumulation(structure, i), words[i][None], zero)
     weight = microbatches.gradient(opt_state, targets[i], None).weight
-    places[i] = _tracking.Place(step, [_refs(targets[i])], weight, _no_uses(leaves[i]))
-    sinks[i] = _tracking.Sink(path, leaves[i].shape, places[i])
+    places[i] = _tracking.Place(steps[i], [_refs(targets[i])], weight, _no_uses(leaves[i]))
+    sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, places[i])
   value, gradients = loss.differentiate(sinks, tracked)
   targets |= {i: _frozen(place.slots[0]) for i, place in places.items()}
   state = microbatches.with_targets(structure, opt_state, targets)
