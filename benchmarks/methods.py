@@ -90,7 +90,7 @@ def flash_adamw(rate, decay, key):
 
   tx = flashoptim.flash_adamw(rate, B1, B2, weight_decay=decay, fused=jax.default_backend() == 'gpu')
   step = lambda grads, params, opt_state: tx.step(params, opt_state, grads)
-  return lpmm.InPlaceTransformation(tx.init, None, step, obstacles=lambda params: {})
+  return lpmm.InPlaceTransformation(tx.init, None, step)
 
 
 INTO = lpmm.INTO_MOMENTUM

@@ -26,6 +26,7 @@ from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
 from lpmm_optax.trace import _field_formats
+from lpmm_optax.trace import _flows
 from lpmm_optax.trace import _plan
 from lpmm_optax.trace import _program
 from lpmm_optax.trace import _uses
@@ -56,15 +57,15 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
   """
 
   step: Callable[..., tuple[Any, Any]]
-  # What there is behind it: the optimizer, if it is one and no wrapper, and what of it is not elementwise.
+  # What there is behind it: the optimizer, if it is one and no wrapper, and what is to be known of it.
   _optimizer: 'LowPrecision | None'
-  _obstacles: Callable[..., dict[str, str]]
+  _explain: Callable[..., 'Explanation']
 
-  def __new__(cls, init, update, step, *, optimizer=None, obstacles=lambda params, **extra_args: {}):
+  def __new__(cls, init, update, step, *, optimizer=None, explain=None):
     self = super().__new__(cls, init, update)
     self.step = step
     self._optimizer = optimizer
-    self._obstacles = obstacles
+    self._explain = explain or _nothing_to_explain
     return self
 
   def __copy__(self):
@@ -91,13 +92,27 @@ def optimizer_of(tx: Any) -> 'LowPrecision | None':
   return tx._optimizer if isinstance(tx, InPlaceTransformation) else None
 
 
-def obstacles_of(tx: Any) -> Callable[..., dict[str, str]]:
-  """`(params, **extra) -> {path: operation}`.
+class Explanation(NamedTuple):
+  """What an optimizer does with a tree of parameters.
 
-  These are the leaves that a transformation of this package processes whole rather than in tiles, with the operation
-  that is not elementwise.
+  Attributes:
+    obstacles: by path of the leaves that it processes whole rather than in tiles, the operation that is not
+      elementwise.
+    choices: by (field, path), how its state is stored and why.
   """
-  return tx._obstacles if isinstance(tx, InPlaceTransformation) else lambda params, **extra_args: {}
+
+  obstacles: dict[str, str]
+  choices: dict[tuple[str, str], _field_formats.Choice]
+
+
+def _nothing_to_explain(params: Any, **extra_args: Any) -> Explanation:
+  del params, extra_args
+  return Explanation({}, {})
+
+
+def explain(tx: Any) -> Callable[..., Explanation]:
+  """`(params, **extra) -> Explanation`, of a transformation of this package."""
+  return tx._explain if isinstance(tx, InPlaceTransformation) else _nothing_to_explain
 
 
 class IntoMomentum(NamedTuple):
@@ -114,6 +129,28 @@ class IntoMomentum(NamedTuple):
   weight: Callable[[jax.Array], jax.Array]
 
 
+def _choose(
+  formats: _field_formats.Formats,
+  inner: optax.GradientTransformationExtraArgs,
+  params: _plan.Params,
+  leaves: list[Any],
+) -> tuple[_uses.Uses, dict[int, _field_formats.Choice]]:
+  """What is done with the entries of the inner state, and how each is stored."""
+  graph, shapes = _plan.trace_init(inner, params)
+  entries, arrays, treedef = _plan.entries_of(params, shapes)
+  uses = _uses.Uses(entries)
+  try:
+    if formats is not None:
+      uses = _flows.find(graph, _plan.plan_first_update(inner, params, entries, arrays, treedef))
+  except Exception:
+    # Only where a default has to be chosen must it be known what a field is for.
+    named = formats if isinstance(formats, Mapping) else ()
+    guessed = _field_formats.choose(formats, params, leaves, entries, uses)
+    if any(choice.format is not None and entries[e].field not in named for e, choice in guessed.items()):
+      raise
+  return uses, _field_formats.choose(formats, params, leaves, entries, uses)
+
+
 def _init_inner(
   formats: _field_formats.Formats,
   inner: optax.GradientTransformationExtraArgs,
@@ -123,17 +160,8 @@ def _init_inner(
   """The inner transformation's first state, each array in its format."""
   graph, shapes = _plan.trace_init(inner, params)
   entries, arrays, treedef = _plan.entries_of(params, shapes)
-  uses = _uses.Uses(entries)
-  try:
-    if formats is not None:
-      uses = _uses.find(graph, _plan.plan_first_update(inner, params, entries, arrays, treedef))
-  except Exception:
-    # Only where a default has to be chosen must it be known what a field is for.
-    named = formats if isinstance(formats, Mapping) else ()
-    guessed = _field_formats.choose(formats, params, leaves, entries, uses)
-    if any(format is not None and entries[e].field not in named for e, format in guessed.items()):
-      raise
-  chosen = _field_formats.choose(formats, params, leaves, entries, uses)
+  uses, choices = _choose(formats, inner, params, leaves)
+  chosen = {e: choice.format for e, choice in choices.items()}
   owned = _plan.owned(entries)
 
   def from_params(e, leaves):
@@ -346,7 +374,7 @@ class LowPrecision:
   @property
   def transformation(self) -> InPlaceTransformation:
     """As it is used."""
-    return InPlaceTransformation(self.init, self.update, self.step, optimizer=self, obstacles=self.obstacles)
+    return InPlaceTransformation(self.init, self.update, self.step, optimizer=self, explain=self.explain)
 
   def preceded_by(self, transformations: Sequence[optax.GradientTransformation]) -> InPlaceTransformation:
     """The same of gradients that others have transformed first, all as one."""
@@ -374,12 +402,15 @@ class LowPrecision:
     """Parameters, and the state."""
     return self._advance(gradients, params, state, True, extra_args)
 
-  def obstacles(self, params: Any, **extra_args: Any) -> dict[str, str]:
-    """As in `obstacles_of`."""
-    structure, _ = _plan.flatten(_array.unwrap(params))
+  def explain(self, params: Any, **extra_args: Any) -> Explanation:
+    """As in `explain`."""
+    structure, leaves = _plan.flatten(_array.unwrap(params))
     _, shapes = _plan.trace_init(self.composite, structure)
     plan = _plan.plan_update(self.composite, structure, *_plan.entries_of(structure, shapes), extra_args)
-    return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
+    obstacles = {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
+    uses, choices = _choose(self.formats, self.inner, structure, leaves)
+    names = {e: (uses.entries[e].field, structure.paths[i]) for e, i in _plan.owned(uses.entries).items()}
+    return Explanation(obstacles, {names[e]: choice for e, choice in choices.items()})
 
   def _split(self, state: Any) -> tuple[tuple[Any, ...], LowPrecisionState]:
     """The states of the preceding transformations, and our own."""

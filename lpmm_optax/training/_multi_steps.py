@@ -387,8 +387,8 @@ class MultiSteps(_low_precision.InPlaceTransformation):
       tile_size=tile_size,
       shard_axes=_mesh.axis_names(shard_axes),
     )
-    obstacles = _low_precision.obstacles_of(inner)
-    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, obstacles=obstacles)
+    explain = _low_precision.explain(inner)
+    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, explain=explain)
     self.microbatches = microbatches
     return self
 
