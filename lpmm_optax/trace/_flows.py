@@ -116,14 +116,15 @@ class _Reader:
 
   def _read(self, op: _program.Op, x: list[_Flow]) -> _Flow:
     """Notes the uses in one operation; returns the flow of its results."""
-    names, entries = {op.name} | _operations(op), _joined(x).all
+    names, flow = {op.name} | _operations(op), _joined(x)
+    entries = flow.all
     if not entries or op.name in _FORGETS:
       return _Flow()
     if names & _DECOMPOSITIONS:
       self._note(Use.DECOMPOSITION, entries)
-    # A product to one number is a sum, in which errors average out.
+    # A product to one number is a sum, in which errors average out; and those of a divisor stay relative.
     if names & _PRODUCTS and any(self._graph.avals[value].size > 1 for value in op.outputs):
-      self._note(Use.PRODUCT, entries)
+      self._note(Use.PRODUCT, flow.above)
     if len(names) > 1 and names & (_ROOTS | {'div'}):
       self._note(Use.DIVISOR, entries)
     # A norm is no value of one element any more.
