@@ -304,6 +304,16 @@ def encode(x: jax.Array, format: Format | None, dtype: Any = None, word: jax.Arr
   return _mesh.follow(lambda x, word: _encode(x, format=format, dtype=dtype, word=word), x, x, word)
 
 
+def encode_as(x: jax.Array, like: Any, word: jax.Array | None = None) -> Any:
+  """A dense array as another is stored, on its grid where that fits; `word` as for `encode`.
+
+  What was decoded from `like` gets its codes.
+  """
+  if is_quantized(like) and isinstance(like.codes, jax.Array):
+    return _mesh.follow(_encode_as, x, x, like, word)
+  return encode(x, format_of(like), like.dtype, word)
+
+
 def pick_format(path: str, leaf: Any, format: Format | None, where: Where | None, block_size: int) -> Format | None:
   """The format for one leaf: what `where` says, or `format` with its exemptions; the block size is filled in."""
   chosen: Any = ...
@@ -335,13 +345,27 @@ def _check_param_format(path: str, leaf: Any, format: Format) -> None:
 # Jitted, as is every computation on one leaf: called outside jit, one program per shape instead of one per operation.
 @functools.partial(jax.jit, static_argnames=('format', 'dtype'))
 def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
-  target = full(x, 0, format, dtype)
+  return _rounded(x, full(x, 0, format, dtype), word, is_fresh=True)
+
+
+@jax.jit
+def _encode_as(x: jax.Array, target: QuantizedArray, word: jax.Array | None) -> QuantizedArray:
+  return _rounded(x, target, word, is_fresh=False)
+
+
+def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fresh: bool) -> QuantizedArray:
+  """x in the place of what is stored in the target; or of nothing, if it is fresh."""
   codec: Any = whole_codec(target)
   view = codec_view(codec)
   bits = None
   if word is not None:
     bits = random_bits(target, word, view, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
-  rounded, _ = codec.finish(codec.encode(view.split(x.astype(jnp.float32)), bits))
+  value = view.split(x.astype(jnp.float32))
+  if is_fresh:
+    payload = codec.encode(value, bits, x.dtype)
+  else:
+    payload = codec.advance(stored(target), codec.snap(stored(target), value) if bits is None else value, bits)
+  rounded, _ = codec.finish(payload)
   return with_stored(target, rounded._replace(codes=view.merge(rounded.codes)))
 
 
