@@ -184,7 +184,7 @@ class LinearCodec:
     codes = lax.round(root * self.blocks.spread(reciprocal(scale)), lax.RoundingMethod.TO_NEAREST_EVEN)
     if self.squares:
       codes = jnp.where(root > 0, jnp.maximum(codes, 1), codes)
-    kept = self._keeps(scale, self.blocks.absmax(codes) * scale)
+    kept = self._keeps(scale, self.blocks.absmax(codes) * scale) & (scale > 0)
     on_grid = codes * self.blocks.spread(scale)
     return jnp.where(self.blocks.spread(kept), on_grid * on_grid if self.squares else on_grid, value)
 
