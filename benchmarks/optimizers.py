@@ -38,7 +38,7 @@ DOCUMENT = Path('docs/optimizers.md')
 BEGIN, END = '<!-- Begin: made by benchmarks/optimizers.py -->', '<!-- End -->'
 SHAPE = (32, 128)
 RANK = 8
-RATES = (1e-1, 1e-2, 1e-3, 1e-4)
+RATES = (1.0, 1e-1, 1e-2, 1e-3)
 SWEEP_STEPS = 2000
 # Parameters and state as they are stored.
 METHODS: dict[str, tuple[lpmm.Format | None, bool]] = {
@@ -127,7 +127,7 @@ def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
 def needs_rate(make: Callable[..., Any]) -> bool:
   """Whether there is no default."""
   rate = inspect.signature(make).parameters.get('learning_rate')
-  return rate is not None and rate.default is rate.empty
+  return rate is not None and (rate.default is rate.empty or rate.default is None)
 
 
 def run(make: Callable[[], optax.GradientTransformation], task: Task, method: str, seed: int, steps: int) -> float:

@@ -12,6 +12,8 @@ from lpmm_optax.optimizers._low_precision import LowPrecisionState
 from lpmm_optax.optimizers._low_precision import low_precision
 from lpmm_optax.optimizers._sgdm import sgdm
 from lpmm_optax.state._convert import convert
+from lpmm_optax.state._outliers import OutlierReport
+from lpmm_optax.state._outliers import outlier_report
 from lpmm_optax.state._report import MemoryReport
 from lpmm_optax.state._report import memory_report
 from lpmm_optax.state._self_check import SelfCheck
@@ -57,6 +59,7 @@ __all__ = [
   'MemoryReport',
   'MultiSteps',
   'MultiStepsState',
+  'OutlierReport',
   'QuantizedArray',
   'SelfCheck',
   'Underflow',
@@ -71,6 +74,7 @@ __all__ = [
   'lion',
   'low_precision',
   'memory_report',
+  'outlier_report',
   'quantize',
   'self_check',
   'set_to_zero',

@@ -218,13 +218,16 @@ def low_precision(
 
   Args:
     inner: the transformation. It sees float32 arrays, one per parameter (float64 for float64 ones).
-    formats: how state is stored. 'default' chooses by what `inner` does with a field: `UINT8_SQRT` for one that never
-      turns negative (a second moment), `BFLOAT16` for another that reaches a denominator, a root or a logarithm, `INT8`
-      for all others (momentum, weights). Decays and rates are taken to lie between 0 and 1. One Format is for every
-      field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for 8 bits or fewer, `BFLOAT16` for
-      more. None keeps all state dense. A dict {field: ...} gives a Format, None, or, as in `quantize`, a list of
-      (regular expression, Format or None) or a function of (path, leaf), for the fields it names, such as 'mu'; the
-      others keep their defaults.
+    formats: how state is stored. 'default' chooses for each field the smallest format that holds what `inner` does with
+      it: 8 bits, on a square-root grid for what never turns negative; `INT16` for a slow average and for what is
+      multiplied as a matrix; `BFLOAT16` for a divisor that may turn negative, for what is divided by a field in
+      `BFLOAT16` or dense, for a maximum over all steps; none where a root is taken of a difference of two fields.
+      `memory_report` says which, and why. Decays and rates are taken to lie between 0 and 1, and decays that follow
+      from the step as they are late in training; one that comes from elsewhere is not known, and not taken for slow.
+      One Format is for every field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for 8 bits
+      or fewer, and of 16 bits a field takes `INT16` or `BFLOAT16`, whichever holds it. None keeps all state dense. A
+      dict {field: ...} gives a Format, None, or, as in `quantize`, a list of (regular expression, Format or None) or a
+      function of (path, leaf), for the fields it names, such as 'mu'; the others keep their defaults.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: manual mesh axes over which parameters are sharded, so that every shard rounds with bits of its own, in
@@ -235,8 +238,8 @@ def low_precision(
     chain: nothing may transform its integer deltas.
 
   Raises:
-    TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf; for a state that it
-      did not make, at `update`. What `inner` itself raises gets a note that says how it was called.
+    TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf, what is done with it
+      and which formats can; for a state that it did not make, at `update`. What `inner` itself raises gets a note that says how it was called.
 
   >>> import jax, jax.numpy as jnp, optax, lpmm_optax as lpmm
   >>> inner = optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01, momentum=0.9))
