@@ -239,7 +239,8 @@ def low_precision(
 
   Raises:
     TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf, what is done with it
-      and which formats can; for a state that it did not make, at `update`. What `inner` itself raises gets a note that says how it was called.
+      and which formats can; for a state that it did not make, at `update`. What `inner` itself raises gets a note that
+      says how it was called.
 
   >>> import jax, jax.numpy as jnp, optax, lpmm_optax as lpmm
   >>> inner = optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01, momentum=0.9))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +62,9 @@ class OutlierReport:
 def outlier_report(tree: Any, format: Format, *, where: _array.Where | None = None) -> OutlierReport:
   """Which leaves `quantize` would harm: a value far above the others of its block makes the grid too coarse for them.
 
-  A leaf is listed if more than a fifth of the nonzero values of some block become zero, or if its errors are more than a
-  twentieth of its values, both when rounded to nearest; with the smallest of `INT8`, `INT16` and `BFLOAT16` by which it
-  would not be. Leaves that stay dense are not looked at.
+  A leaf is listed if more than a fifth of the nonzero values of some block become zero, or if its errors are more than
+  a twentieth of its values, both when rounded to nearest; with the smallest of `INT8`, `INT16` and `BFLOAT16` by which
+  it would not be. Leaves that stay dense are not looked at.
 
   Args:
     tree: concrete parameters, as for `quantize`.
@@ -91,8 +92,9 @@ def outlier_report(tree: Any, format: Format, *, where: _array.Where | None = No
     found = _measure(x, like.format)
     if not _suits(found):
       wider = (_format.INT8, _format.INT16)
-      better = (x_format for x_format in wider if _suits(_measure(x, _like(x_format, like.format))))
-      row = Outliers(_array.path_str(path), like.format, *map(float, found[1:]), next(better, _format.BFLOAT16))
+      better = (other for other in wider if _suits(_measure(x, _like(other, like.format))))
+      suggestion = next(better, _format.BFLOAT16)
+      row = Outliers(_array.path_str(path), like.format, float(found.blocks), float(found.error), suggestion)
       rows.append(row)
   return OutlierReport(tuple(rows))
 
@@ -101,15 +103,20 @@ def _like(format: Format, other: Format) -> Format:
   return format.with_block_size(other.block_size or _format.PARAM_BLOCK_SIZE)
 
 
-def _suits(found: tuple[jax.Array, ...]) -> bool:
-  most_zeroed, _, error = found
-  return bool(most_zeroed <= _MOST_ZEROED) and bool(error <= _LARGEST_ERROR)
+class _Measured(NamedTuple):
+  """The largest share of the nonzero values of a block that become zero; the share of blocks with many; the error."""
+
+  most: jax.Array
+  blocks: jax.Array
+  error: jax.Array
+
+
+def _suits(found: _Measured) -> bool:
+  return bool(found.most <= _MOST_ZEROED) and bool(found.error <= _LARGEST_ERROR)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _measure(x: jax.Array, format: Format) -> tuple[jax.Array, ...]:
-  """The largest share of the values of a block that become zero; of blocks in which many do; the relative error."""
-
+def _measure(x: jax.Array, format: Format) -> _Measured:
   def measure(x):
     q = _array.encode(x, format, jnp.float32)
     values, stored = jnp.abs(x.astype(jnp.float32)), jnp.abs(_array.dequantize(q))
@@ -120,4 +127,4 @@ def _measure(x: jax.Array, format: Format) -> tuple[jax.Array, ...]:
     error = jnp.sum(jnp.abs(values - stored)) / jnp.maximum(jnp.sum(values), jnp.finfo(jnp.float32).tiny)
     return {'most': jnp.max(zeroed), 'blocks': jnp.mean(zeroed > _MOST_ZEROED), 'error': error}
 
-  return tuple(_mesh.follow_each(measure, {}, x).values())
+  return _Measured(**_mesh.follow_each(measure, {}, x))
