@@ -14,8 +14,10 @@ with parameters in 8 bits ("default") and in float32 ("state alone").
 import argparse
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import functools
 import inspect
+import itertools
 import math
 from pathlib import Path
 import statistics
@@ -39,7 +41,6 @@ BEGIN, END = '<!-- Begin: made by benchmarks/optimizers.py -->', '<!-- End -->'
 SHAPE = (32, 128)
 RANK = 8
 RATES = (1.0, 1e-1, 1e-2, 1e-3)
-SWEEP_STEPS = 2000
 # Parameters and state as they are stored.
 METHODS: dict[str, tuple[lpmm.Format | None, bool]] = {
   'float32': (None, False),
@@ -130,67 +131,65 @@ def needs_rate(make: Callable[..., Any]) -> bool:
   return rate is not None and (rate.default is rate.empty or rate.default is None)
 
 
-def run(make: Callable[[], optax.GradientTransformation], task: Task, method: str, seed: int, steps: int) -> float:
-  """The mean loss at the end, relative to that of the start."""
+def run(
+  make: Callable[..., optax.GradientTransformation],
+  task: Task,
+  method: str,
+  seed: int,
+  steps: int,
+  rates: Sequence[float],
+) -> list[float]:
+  """The mean losses at the end, relative to that of the start, with each learning rate; with the default if none."""
   format, is_ours = METHODS[method]
-  inner = optax.with_extra_args_support(make())
-  tx: Any = lpmm.low_precision(inner) if is_ours else inner
   start = task.start if format is None else lpmm.quantize(task.start, format)
   key = jax.random.fold_in(jax.random.key(17), seed)
   first = int(task.first * steps)
 
-  def body(i, carry):
-    params, state, total = carry
-    dense = lpmm.dequantize(params)
-    loss = task.loss(dense)
-    gradient = task.gradient(dense, i, jax.random.fold_in(key, i), steps)
-    if is_ours:
-      params, state = lpmm.step(tx, gradient, params, state, value=loss)
-    else:
-      updates, state = tx.update(gradient, state, params, value=loss)
-      params = optax.apply_updates(params, updates)
-    return params, state, total + jnp.where(i >= first, loss, 0.0)
+  def train(*rate):
+    inner = optax.with_extra_args_support(make(*rate))
+    tx: Any = lpmm.low_precision(inner) if is_ours else inner
 
-  def train(params):
-    state = tx.init(params)
-    return jax.lax.fori_loop(0, steps, body, (params, state, jnp.float32(0)))[2]
+    def body(i, carry):
+      params, state, total = carry
+      dense = lpmm.dequantize(params)
+      loss = task.loss(dense)
+      gradient = task.gradient(dense, i, jax.random.fold_in(key, i), steps)
+      if is_ours:
+        params, state = lpmm.step(tx, gradient, params, state, value=loss)
+      else:
+        updates, state = tx.update(gradient, state, params, value=loss)
+        params = optax.apply_updates(params, updates)
+      return params, state, total + jnp.where(i >= first, loss, 0.0)
 
-  return float(jax.jit(train)(start)) / (steps - first) / float(task.loss(task.start))
+    total = jax.lax.fori_loop(0, steps, body, (start, tx.init(start), jnp.float32(0)))[2]
+    return total / (steps - first) / task.loss(task.start)
 
-
-def best_rate(make: Callable[..., optax.GradientTransformation], name: str) -> float:
-  """Of float32, with the first seed."""
-  task = make_task(name, 0)
-  losses = {rate: run(functools.partial(make, rate), task, 'float32', 0, SWEEP_STEPS) for rate in RATES}
-  return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+  if not rates:
+    return [float(jax.jit(train)())]
+  if is_ours:
+    return [float(jax.jit(functools.partial(train, rate))()) for rate in rates]
+  return jax.jit(jax.vmap(train))(jnp.array(rates)).tolist()
 
 
 def measure(file: Path, names: list[str], seeds: int, steps: int) -> None:
-  """Runs what is missing in the file, the first seed of all first."""
-  done = {(r['optimizer'], r['task'], r['method'], r['seed'], r['steps']): r for r in read(file)}
-  makes = {name: make for name, make in optimizers().items() if not names or name in names}
-  for seed in range(seeds):
-    for name, make in makes.items():
-      for task in TASKS:
-        known = next((r for key, r in done.items() if key[:2] == (name, task) and key[4] == steps), None)
-        for method in METHODS:
-          key = (name, task, method, seed, steps)
-          if key in done or (known and 'error' in known):
-            continue
-          result = dict(zip(('optimizer', 'task', 'method', 'seed', 'steps'), key, strict=True))
-          try:
-            result['learning_rate'] = (
-              known['learning_rate'] if known else best_rate(make, task) if needs_rate(make) else None
-            )
-            rate = result['learning_rate']
-            result['loss'] = run(
-              make if rate is None else functools.partial(make, rate), make_task(task, seed), method, seed, steps
-            )
-          except Exception as error:
-            result['error'] = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
-          append(file, [result])
-          known = done[key] = result
-          print(result, flush=True)
+  """Runs what is missing in the file, the first seed of all first, and float32 before low precision."""
+  done = {(r['optimizer'], r['task'], r['seed'], r['method'], r['steps']): r for r in read(file)}
+  for seed, (name, make), task, method in itertools.product(range(seeds), optimizers().items(), TASKS, METHODS):
+    key = (name, task, seed, method, steps)
+    first = done.get((name, task, 0, 'float32', steps), {})
+    if key in done or 'error' in first or (names and name not in names):
+      continue
+    rates = [first['learning_rate']] if first else list(RATES)
+    result = dict(zip(('optimizer', 'task', 'seed', 'method', 'steps'), key, strict=True))
+    try:
+      losses = run(make, make_task(task, seed), method, seed, steps, rates if needs_rate(make) else [])
+      result['loss'] = min(losses, key=lambda loss: loss if math.isfinite(loss) else math.inf)
+      result['learning_rate'] = rates[losses.index(result['loss'])] if needs_rate(make) else None
+    except Exception as error:
+      result['error'] = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
+    append(file, [result])
+    done[key] = result
+    print(result, flush=True)
 
 
 def ratio(runs: list[dict[str, Any]], name: str, task: str, method: str) -> float | None:
