@@ -21,7 +21,6 @@ from lpmm_optax.storage import _view
 
 # Low enough for any gradient; high enough for reciprocal(scale) * 2^24 to be finite.
 _MIN_SCALE = 2.0**-100
-_ROUNDS = np.float32(1.5 * 2**23)
 _SMALLEST_NORMAL = np.int32(0x00800000)
 
 
@@ -206,13 +205,14 @@ class LinearCodec:
 
     def choose(grid, scale):
       scale_of_each = self.blocks.spread(scale)
-      codes = (value / scale_of_each + _ROUNDS) - _ROUNDS
+      codes = lax.round(value / scale_of_each, lax.RoundingMethod.TO_NEAREST_EVEN)
       decoded = codes * scale_of_each
       if precision.nmant < 23:
         decoded = lax.reduce_precision(decoded, precision.nexp, precision.nmant)
       is_on = (decoded == value) & (jnp.abs(codes) <= np.float32(self.format.max_code))
       is_off = jnp.where(is_on, np.float32(0), np.float32(1))
-      return jnp.where(self.blocks.absmax(is_off) == 0, jnp.maximum(scale, _MIN_SCALE), grid), None
+      is_found = (self.blocks.absmax(is_off) == 0) & (fresh > 0)
+      return jnp.where(is_found, jnp.maximum(scale, _MIN_SCALE), grid), None
 
     return lax.scan(choose, fresh, _float_of(_signed_bits_of(fresh)[None] + steps))[0]
 

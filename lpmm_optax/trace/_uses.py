@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import enum
-import types
 
 from lpmm_optax.storage import _format
 from lpmm_optax.storage._format import Format
@@ -69,8 +68,8 @@ class Uses:
   entries: Sequence[_plan.Entry]
   nonnegative: Collection[int] = frozenset()
   copies: Collection[int] = frozenset()
-  uses: Mapping[int, Collection[Use]] = types.MappingProxyType({})
-  divisors: Mapping[int, Collection[int]] = types.MappingProxyType({})
+  uses: Mapping[int, Collection[Use]] = dataclasses.field(default_factory=dict)
+  divisors: Mapping[int, Collection[int]] = dataclasses.field(default_factory=dict)
 
   def uses_with(self, entry: int, chosen: Mapping[int, Format | None]) -> set[Use]:
     """The uses of an entry, given the formats of the others."""
