@@ -11,8 +11,8 @@ A run is named by task, settings of the task, method, hyperparameters, microbatc
 already is not repeated; one that was interrupted is, from its start. `benchmarks/report.py` makes tables and plots of
 the file.
 
-Seeds differ in the first weights (unless these are pretrained), the batches and the rounding. All methods of a seed start
-from the same weights and see the same examples in the same order, however many microbatches they come in. With
+Seeds differ in the batches, the rounding, and the first weights unless these are pretrained. All methods of a seed
+start from the same weights and see the same examples in the same order, however many microbatches they come in. With
 `--together`, all seeds of a configuration run at once under vmap: faster where a run alone leaves the device idle, not
 on a CPU.
 """

@@ -43,8 +43,14 @@ CONFIGS = {
   'llama2': _SHARED | {'model_type': 'llama', 'num_key_value_heads': 4},
   'llama3': _SHARED | {'model_type': 'llama', 'rope_theta': 500000.0, 'rope_scaling': _LLAMA3},
   'llama-linear-biased': _SHARED
-  | {'model_type': 'llama', 'rope_scaling': {'type': 'linear', 'factor': 2.0}, 'attention_bias': True, 'mlp_bias': True},
-  'smollm': _SHARED | {'model_type': 'llama', 'hidden_size': 48, 'num_attention_heads': 3, 'num_key_value_heads': 1}
+  | {
+    'model_type': 'llama',
+    'rope_scaling': {'type': 'linear', 'factor': 2.0},
+    'attention_bias': True,
+    'mlp_bias': True,
+  },
+  'smollm': _SHARED
+  | {'model_type': 'llama', 'hidden_size': 48, 'num_attention_heads': 3, 'num_key_value_heads': 1}
   | {'tie_word_embeddings': True},
   'qwen2': _SHARED | {'model_type': 'qwen2', 'tie_word_embeddings': True},
   'qwen3': _SHARED | {'model_type': 'qwen3', 'head_dim': 32, 'vocab_size': 321},

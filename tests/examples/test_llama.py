@@ -1,8 +1,6 @@
 """The model of the fine-tuning example: its logits, its files, and what of it exists at once."""
 
 from functools import partial
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
