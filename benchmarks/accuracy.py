@@ -241,12 +241,12 @@ def stories(args: argparse.Namespace, **changed: int) -> Task:
   config = llama.parse_config(llama.read_config(args.stories))
   tokenizer = tokenizers.Tokenizer.from_file(str(args.stories / 'tokenizer.json'))
   tokens = np.asarray(tokenizer.encode(args.text.read_text(encoding='utf-8'), add_special_tokens=False).ids, np.int32)
-  settings = {'batch_size': 4, 'context': 32, 'steps': 80} | changed
+  settings = {'batch_size': 4, 'context': 32, 'steps': 40} | changed
   context = settings['context']
   settings |= {'model': 'stories15M', 'text': args.text.name, 'tokens': len(tokens)}
   pretrained = llama.load(args.stories, config, None)
   train, validation = np.split(tokens, [len(tokens) - len(tokens) // 10])
-  held_out = np.linspace(0, len(validation) - context - 1, 64).astype(np.int64).reshape(4, -1)
+  held_out = np.linspace(0, len(validation) - context - 1, 32).astype(np.int64).reshape(2, -1)
 
   def mean_loss(weights, inputs, targets):
     return jnp.mean(llama.losses(config, weights, inputs, targets, jnp.float32))
