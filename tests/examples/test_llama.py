@@ -76,3 +76,11 @@ def test_what_is_exported_loads_in_transformers_with_the_same_logits(folder, raw
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), lpmm.dequantize(params))
   # Of the weights in the file, computed in float32 by both.
   np.testing.assert_allclose(logits_of(config, rounded), theirs, rtol=0, atol=1e-4)
+
+
+def test_losses_are_those_of_the_logits(config, params):
+  tokens, targets = TOKENS[:, :-1], TOKENS[:, 1:]
+  found = jax.jit(partial(llama.losses, config, dtype=jnp.float32))(params, tokens, targets)
+  log_p = jax.nn.log_softmax(logits_of(config, params)[:, :-1])
+  expected = -np.take_along_axis(np.asarray(log_p), targets[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
