@@ -466,7 +466,8 @@ def make_perplexity(trainer: Trainer, args: argparse.Namespace):
   """A function of parameters and examples: exp of the mean of -log p of what is to be learned."""
 
   @jax.jit
-  def sums(params, inputs, targets, learned):
+  def sums(params, *batch):
+    inputs, targets, learned = (jax.lax.with_sharding_constraint(x, P('fsdp')) for x in batch)
     return jnp.sum(learned * llama.losses(trainer.config, params, inputs, targets, trainer.dtype)), jnp.sum(learned)
 
   def perplexity(params, examples):
@@ -516,7 +517,9 @@ def make_sample(trainer: Trainer, args: argparse.Namespace, stops: set[int]):
 def settings(args: argparse.Namespace) -> dict[str, Any]:
   """What must not change between a checkpoint and the run that resumes from it."""
   free = ('output', 'checkpoint_dir', 'checkpoint_every', 'prompt', 'sample_tokens', 'temperature', 'estimate', 'mesh')
-  return {name: value for name, value in vars(args).items() if name not in free} | {'data': str(args.data)}
+  return {name: value for name, value in vars(args).items() if name not in free} | {
+    'data': args.data and str(args.data)
+  }
 
 
 def train(folder: Path, args: argparse.Namespace, data: Data, title: str, console: Console) -> dict[str, Any]:
