@@ -84,7 +84,8 @@ SMALL = {
   'tie_word_embeddings': True,
 }
 PRETRAINING = {'steps': 300, 'learning_rate': 3e-3, 'microbatches': 1}
-FINETUNING = {'steps': 100, 'learning_rate': 5e-4, 'context': 128, 'batch_size': 8}
+FINETUNING = {'steps': 100, 'context': 128, 'batch_size': 8}
+SMALL_RATE = 25  # Times the rate of a large model.
 
 _LLAMA_3_ROPE = {
   'rope_type': 'llama3',
@@ -165,7 +166,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.error('--model needs --data')
   # What depends on other arguments.
   defaults = {
-    'learning_rate': RATES[args.optimizer],
+    'learning_rate': RATES[args.optimizer] * (SMALL_RATE if args.model is None else 1),
     'weight_decay': DECAYS[args.optimizer],
     'warmup': args.steps // 10,
     'clip_norm': 1.0 if args.microbatches > 1 else 0.0,
@@ -423,8 +424,8 @@ def memory_parts(params: Any, opt_state: Any, compiled: jax.stages.Compiled) -> 
   """Bytes on one device: arguments, results that are not put in their place, temporaries."""
   memory = compiled.memory_analysis()
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  on_device = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves(tree))
-  leaves = jax.tree.leaves
+  part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  on_device = lambda tree: sum(map(part, jax.tree.leaves(tree)))
   accumulator = on_device(getattr(opt_state, 'acc_grads', ()))
   parts = {
     'parameters': on_device(params),
@@ -439,9 +440,9 @@ def print_memory(console: Console, trainer: Trainer, args: argparse.Namespace) -
   device, total = jax.devices()[0], sum(trainer.parts.values())
   count = sum(x.size for x in jax.tree.leaves(trainer.like[0], is_leaf=lpmm.is_quantized))
   examples = f'{args.batch_size // args.microbatches} x {args.context} tokens a microbatch'
-  table = Table(
-    f'{count / 1e6:.1f}M parameters, {args.optimizer}, {examples}', 'GiB a device', 'bytes/param', title_justify='left'
-  )
+  table = Table(f'{count / 1e6:.1f}M parameters, {args.optimizer}, {examples}', 'GiB a device', 'bytes/param')
+  for column in table.columns[1:]:
+    column.justify = 'right'
   for name, size in (*trainer.parts.items(), ('all', total)):
     table.add_row(name, f'{size / 2**30:.3f}', f'{size * args.mesh / count:.2f}')
   console.print(table)
