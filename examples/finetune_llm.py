@@ -138,8 +138,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--warmup', type=int, metavar='STEPS', help='(default a tenth of the steps)')
   add('--batch-size', type=int, default=8, help='examples per step (default %(default)s)')
   add('--microbatches', type=int, default=1, metavar='N', help='in which they come (default %(default)s)')
-  clip = 'largest global norm of a gradient, 0 for none; it needs an accumulator (default 1 with microbatches, else 0)'
-  add('--clip-norm', type=float, metavar='NORM', help=clip)
+  add('--clip-norm', type=float, default=1.0, metavar='NORM', help='of a gradient, 0 for none (default %(default)s)')
   add('--context', type=int, default=512, help='tokens of an example (default %(default)s)')
   add('--dtype', choices=DTYPES, help='to compute in (default float32 on a CPU, else bfloat16)')
   add('--mesh', type=int, default=1, metavar='N', help='devices, over which parameters and batches are split')
@@ -169,7 +168,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     'learning_rate': RATES[args.optimizer] * (SMALL_RATE if args.model is None else 1),
     'weight_decay': DECAYS[args.optimizer],
     'warmup': args.steps // 10,
-    'clip_norm': 1.0 if args.microbatches > 1 else 0.0,
     'dtype': 'float32' if jax.default_backend() == 'cpu' else 'bfloat16',
   }
   for name, value in defaults.items():
@@ -341,7 +339,7 @@ def microbatches(examples: Examples, args: argparse.Namespace, step: int) -> lis
 
 
 def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
-  """Of one microbatch's gradient, or of an accumulated one, which can be clipped."""
+  """Of accumulated gradients, or of one microbatch's, layer by layer as they come: then clipped by the norm before."""
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=args.learning_rate / (args.warmup + 1),
     peak_value=args.learning_rate,
@@ -360,7 +358,10 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
   else:
     tx = getattr(lpmm, args.optimizer)(schedule, weight_decay=args.weight_decay, mask=mask, key=key)
   if args.clip_norm:
-    tx = lpmm.chain(optax.clip_by_global_norm(args.clip_norm), tx)
+    clip = optax.clip_by_global_norm if args.microbatches > 1 else lpmm.clip_by_previous_norm
+    tx = lpmm.chain(clip(args.clip_norm), tx)
+  if args.microbatches == 1:
+    return tx
   # SGD's momentum takes gradients one by one, unless they are to be clipped first.
   into_momentum = args.optimizer == 'sgdm' and not args.clip_norm
   accumulator = lpmm.INTO_MOMENTUM if into_momentum else lpmm.INT8
@@ -592,7 +593,7 @@ def make_small_model(args: argparse.Namespace, console: Console) -> Path:
   trainer = trainers.BpeTrainer(vocab_size=SMALL['vocab_size'], initial_alphabet=alphabet, show_progress=False)
   tokenizer.train_from_iterator([text], trainer)
   tokenizer.save(str(untrained / 'tokenizer.json'))
-  own = vars(args) | {'optimizer': 'adamw', 'clip_norm': 0.0, 'checkpoint_dir': None} | PRETRAINING
+  own = vars(args) | {'optimizer': 'adamw', 'checkpoint_dir': None} | PRETRAINING
   own['warmup'] = own['steps'] // 10
   data = split(*text_examples(text, tokenizer, args.context))
   export(untrained, folder, train(untrained, argparse.Namespace(**own), data, 'pretraining', console))
