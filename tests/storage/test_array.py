@@ -53,7 +53,12 @@ def test_formats_are_static_values():
   [
     ((512, 512), 64, (-1, 64)),
     ((512, 10), 64, (-2, 64)),  # The last axis is too short.
-    ((3, 3, 64, 48), 64, (-1, 48)),  # The largest divisor of 48 that is not above 64.
+    ((3, 3, 64, 48), 64, (-1, 48)),  # The largest divisor of 48 that is not above 64,
+    ((2048, 1000), 64, (-1, 50)),  # and of 1000, whose largest power of two is 8,
+    ((64, 96), 48, (-1, 48)),  # and if just that was asked for;
+    ((64, 96), 64, (-1, 32)),  # else a power of two, from 32 on,
+    ((96, 160), 128, (-1, 32)),  # which does not choose the axis.
+    ((256, 96), 128, (-1, 32)),
     ((50257, 768), 128, (-1, 128)),
     ((768, 50257), 64, (-2, 64)),  # 50257 = 29 * 1733.
     ((3, 3, 16, 16), 64, (-1, 16)),
