@@ -268,7 +268,7 @@ def measure(target: str, model: str, name: str, sharding: jax.sharding.NamedShar
   """A row, or why there is none."""
   method = METHODS[name]
   # Read when a step is traced.
-  os.environ['LPMM_KERNEL'] = '1' if method.driver == 'kernel' else '0'
+  os.environ['LPMM_KERNEL'] = TARGETS[target].platform if method.driver == 'kernel' else '0'
   try:
     if model in STEPS:
       program = optimizer_step(method, STEPS[model](), TARGETS[target].platform)

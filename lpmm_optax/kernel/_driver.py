@@ -44,6 +44,8 @@ _TRITON, _TPU = Kernel('cuda', _triton), Kernel('tpu', _tpu)
 _KERNELS = {
   '0': (),
   '1': (_TRITON, _TPU),
+  'cuda': (_TRITON,),
+  'tpu': (_TPU,),
   'interpret': (_TRITON, Kernel('cpu', _triton, interpret=True)),
   'interpret_tpu': (_TPU, Kernel('cpu', _tpu, interpret=True)),
 }
@@ -54,7 +56,8 @@ def chosen() -> tuple[Kernel, ...]:
   """The kernels that the environment variable LPMM_KERNEL allows when a step is traced.
 
   '0' is for the loop on every platform, '1' for a kernel wherever a step is lowered for an NVIDIA GPU or a TPU, whether
-  there is one or not; 'interpret', on a CPU, for Triton's kernel, and 'interpret_tpu' for that of a TPU, for tests.
+  there is one or not, and 'cuda' or 'tpu' for one of them, which spares the tracing of the other; 'interpret', on a CPU,
+  for Triton's kernel, and 'interpret_tpu' for that of a TPU, for tests.
   Unset, a kernel is only for the platform that JAX has, which spares a CPU the tracing, and `jax.export` the kernel:
   Triton's programs cannot be exported, so on a GPU set it to '0' for that.
 
@@ -65,7 +68,7 @@ def chosen() -> tuple[Kernel, ...]:
   if value is None:
     return _DEFAULTS.get(jax.default_backend(), ())
   if value not in _KERNELS:
-    raise ValueError(f"{VARIABLE}={value!r} must be '0', '1', 'interpret' or 'interpret_tpu'")
+    raise ValueError(f'{VARIABLE}={value!r} must be one of {", ".join(_KERNELS)}')
   return _KERNELS[value]
 
 
