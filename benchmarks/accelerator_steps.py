@@ -40,7 +40,6 @@ import lpmm_optax as lpmm
 
 # How many elements the loop takes at once where a GPU is the default device.
 GPU_TILE = 2**24
-VOCABULARY = 128256
 CHUNKS = 8
 
 
@@ -132,7 +131,15 @@ def rope(x: jax.Array) -> jax.Array:
   return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, tokens: int = 2048) -> peak_memory.Model:
+def llama(
+  layers: int,
+  width: int,
+  hidden: int,
+  heads: int,
+  kv_heads: int,
+  tokens: int = 2048,
+  vocabulary: int = 128256,
+) -> peak_memory.Model:
   """Shaped like Llama 3: scanned layers, computed again in the backward pass, in bfloat16, and untied embeddings.
 
   The cross entropy is taken in chunks, whose logits are computed again as well.
@@ -140,7 +147,7 @@ def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, token
   size = width // heads
   kv = kv_heads * size
   shapes = {
-    'embedding': (VOCABULARY, width),
+    'embedding': (vocabulary, width),
     'layers': {
       'attention_norm': (layers, width),
       'q': (layers, width, width),
@@ -153,7 +160,7 @@ def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, token
       'down': (layers, hidden, width),
     },
     'norm': (width,),
-    'head': (width, VOCABULARY),
+    'head': (width, vocabulary),
   }
   decode = partial(lpmm.dequantize, dtype=jnp.bfloat16)
 

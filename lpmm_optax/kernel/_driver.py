@@ -6,7 +6,6 @@ All run the same stages and give the same bits. The platform that is lowered for
 from collections.abc import Sequence
 import functools
 import math
-import os
 import types
 from typing import Any
 from typing import NamedTuple
@@ -21,8 +20,7 @@ from lpmm_optax.kernel import _tpu
 from lpmm_optax.kernel import _triton
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
-
-VARIABLE = 'LPMM_KERNEL'
+from lpmm_optax.storage import _targets
 
 
 class Kernel(NamedTuple):
@@ -41,35 +39,15 @@ class Kernel(NamedTuple):
 
 _TRITON, _TPU = Kernel('cuda', _triton), Kernel('tpu', _tpu)
 
-_KERNELS = {
-  '0': (),
-  '1': (_TRITON, _TPU),
-  'cuda': (_TRITON,),
-  'tpu': (_TPU,),
-  'interpret': (_TRITON, Kernel('cpu', _triton, interpret=True)),
-  'interpret_tpu': (_TPU, Kernel('cpu', _tpu, interpret=True)),
-}
-_DEFAULTS = {'gpu': (_TRITON,), 'tpu': (_TPU,)}
-
 
 def chosen() -> tuple[Kernel, ...]:
-  """The kernels that the environment variable LPMM_KERNEL allows when a step is traced.
-
-  '0' is for the loop on every platform, '1' for a kernel wherever a step is lowered for an NVIDIA GPU or a TPU, whether
-  there is one or not, and 'cuda' or 'tpu' for one of them, which spares the tracing of the other; 'interpret', on a CPU,
-  for Triton's kernel, and 'interpret_tpu' for that of a TPU, for tests.
-  Unset, a kernel is only for the platform that JAX has, which spares a CPU the tracing, and `jax.export` the kernel:
-  Triton's programs cannot be exported, so on a GPU set it to '0' for that.
-
-  Raises:
-    ValueError: for another value.
-  """
-  value = os.environ.get(VARIABLE)
-  if value is None:
-    return _DEFAULTS.get(jax.default_backend(), ())
-  if value not in _KERNELS:
-    raise ValueError(f'{VARIABLE}={value!r} must be one of {", ".join(_KERNELS)}')
-  return _KERNELS[value]
+  """The kernels that may run the update in what is traced now."""
+  runs = _targets.chosen()
+  return tuple(
+    kernel._replace(platform=platform, interpret=platform != kernel.platform)
+    for kernel in (_TRITON, _TPU)
+    for platform in runs.get(kernel.platform, ())
+  )
 
 
 def without_kernel(leaves: Sequence[Any]) -> dict[str, str]:

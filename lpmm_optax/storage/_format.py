@@ -15,8 +15,8 @@ import numpy as np
 PARAM_BLOCK_SIZE = 64
 STATE_BLOCK_SIZE = 128
 MIN_BLOCK_SIZE = 8
-# A power of two from here on is preferred, for kernels on GPUs take no other blocks: its scales cost at most 2 bytes per
-# 32 elements, .05 bytes per element more than those of the longest block.
+# A power of two from here on is preferred, for kernels on GPUs take no other blocks: at 2 bytes per 32 elements, its
+# scales cost at most .05 bytes per element more than those of the longest blocks.
 MIN_PREFERRED_SIZE = 32
 MIN_SIZE = 4096
 MIN_SIZE_1D = 65536

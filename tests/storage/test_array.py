@@ -161,6 +161,19 @@ def test_zero_blocks_have_scale_zero_and_decode_to_zero():
   assert np.all(np.asarray(lpmm.dequantize(q))[:, 64:] == 0)
 
 
+@pytest.mark.parametrize(
+  ('format', 'shape'), [(lpmm.INT8, (3, 64, 192)), (lpmm.INT4, (128, 10)), (lpmm.INT16, (96,))], ids=str
+)
+def test_a_tpu_decodes_to_the_same_bits(monkeypatch, format, shape):
+  x = lpmm.quantize(jnp.abs(normal(shape)).at[0].set(np.nan), format, where=forced(format))
+  monkeypatch.setenv('LPMM_KERNEL', '0')
+  expected = np.asarray(lpmm.dequantize(x))
+  assert np.isnan(expected).any()
+  monkeypatch.setenv('LPMM_KERNEL', 'interpret_tpu')
+  assert 'dot_general' in str(jax.make_jaxpr(lpmm.dequantize)(x)) or x.blocks.axis != -1
+  np.testing.assert_array_equal(np.asarray(lpmm.dequantize(x)).view(np.uint32), expected.view(np.uint32))
+
+
 @pytest.mark.parametrize('format', [*LINEAR, lpmm.BFLOAT16], ids=str)
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_a_poisoned_block_is_not_finite_and_the_others_are_untouched(format, bad):
