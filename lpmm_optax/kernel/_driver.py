@@ -68,6 +68,7 @@ def update_in_place(
   leaves: Sequence[Any],
   stages: _tiles.MakeStages,
   tilings: list[_tiles.Tiling],
+  blocks: list[tuple[int, int]],
   values: Any,
   zero: jax.Array,
   reads: Any,
@@ -81,6 +82,7 @@ def update_in_place(
     leaves: whose arrays `reads` and `writes` are, QuantizedArrays and dense arrays of one shape.
     stages: of the update.
     tilings: of the leaf, for the loop.
+    blocks: (axis, block size) of everything stored in its shape.
     values: small arrays that all tiles share.
     zero: uint32[], zero at run time.
     reads: arrays that are only read.
@@ -91,7 +93,6 @@ def update_in_place(
   """
   args = values, zero, reads, writes
   shape = tilings[0].shape
-  blocks = _body.blocks_of(leaves)
 
   def loop(values, zero, reads, writes):
     return _tiles.update_in_place(stages, tilings, blocks, values, zero, reads, writes, fused=False)
@@ -99,7 +100,7 @@ def update_in_place(
   def run_kernel(kernel, shape, origin, values, zero, reads, writes):
     axes = _mesh.varying_axes(values, reads, writes)
     args = _mesh.vary((values, zero, reads, writes, origin), axes)
-    return kernel.driver.update_in_place(stages, shape, blocks, kernel.interpret, *args)
+    return kernel.driver.update_in_place(_body.Task(stages, shape, blocks, *args), kernel.interpret)
 
   def run_shard(kernel, shape, origin, values, zero, reads, writes):
     """The update of one device's shard, of `shape`, whose first element has the coordinates `origin`."""

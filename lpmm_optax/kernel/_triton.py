@@ -20,7 +20,6 @@ from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.kernel import _body
-from lpmm_optax.kernel import _tiles
 from lpmm_optax.storage import _view
 
 # Per tile. On an H100, one leaf of 2^27 elements, in ps per parameter at 1, 2 and 4 warps: sgdm 5.5, 4.2, 4.5; adamw
@@ -88,33 +87,14 @@ def choose_lots(size: int, tile: int) -> list[Lot]:
   return [*lots, Lot(small, (size - rest) // small, rest // small)] if rest else lots
 
 
-def update_in_place(
-  stages: _tiles.MakeStages,
-  shape: tuple[int, ...],
-  blocks: Sequence[tuple[int, int]],
-  interpret: bool,
-  values: Any,
-  zero: jax.Array,
-  reads: Any,
-  writes: Any,
-  origin: Sequence[jax.Array] | None,
-) -> Any:
-  """Runs a staged update over all tiles of a leaf, as `_tiles.update_in_place` does.
+def update_in_place(task: _body.Task, interpret: bool) -> Any:
+  """The new `task.writes`, where `why_not` has nothing against it.
 
   Args:
-    stages: of the update.
-    shape: of the leaf.
-    blocks: (axis, block size) of everything stored in its shape; `why_not` has accepted them.
+    task: what is updated.
     interpret: whether JAX runs the kernel, on any platform and slowly, rather than Triton.
-    values: small arrays that all tiles share.
-    zero: uint32[], zero at run time.
-    reads: arrays that are only read.
-    writes: arrays that are replaced; donated ones are overwritten in place.
-    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
-
-  Returns:
-    The new `writes`.
   """
+  stages, shape, blocks, values, zero, reads, writes, origin = task
   size = math.prod(shape)
   whole = writes
   reads, writes = jax.tree.map(lambda x: x.reshape(-1), (reads, writes))
