@@ -249,13 +249,16 @@ TRAINED = {
 SMALLEST_SPLIT = 2**20
 
 
-def mesh_on(target: str, split: Split = ONE_DEVICE) -> jax.sharding.Mesh:
-  """Of devices of a target."""
+def mesh_on(target: str, model: str) -> jax.sharding.Mesh:
+  """Of devices of a target; where optimizer steps are split, types say how, as they must for the kernel of a TPU."""
+  split = SPLIT.get(model, ONE_DEVICE)
   count = math.prod(split.mesh.values())
   platform, name, config = TARGETS[target].platform, TARGETS[target].topology, TARGETS[target].config
   options = {'target_config': config.read_text(), 'topology': '1x1x1'} if config is not None else {}
   topology = topologies.get_topology_desc(platform=platform, topology_name=name if count == 1 else 'v5e:2x4', **options)
-  return jax.sharding.Mesh(np.array(topology.devices[:count]).reshape(tuple(split.mesh.values())), tuple(split.mesh))
+  devices = np.array(topology.devices[:count]).reshape(tuple(split.mesh.values()))
+  kind = jax.sharding.AxisType.Explicit if model in SPLIT and model in STEPS else jax.sharding.AxisType.Auto
+  return jax.sharding.Mesh(devices, tuple(split.mesh), axis_types=(kind,) * len(split.mesh))
 
 
 def place(x: Any, mesh: jax.sharding.Mesh, split: Split, is_batch: bool = False) -> jax.ShapeDtypeStruct:
@@ -323,7 +326,7 @@ def measure(target: str, model: str, name: str, mesh: jax.sharding.Mesh) -> dict
 
 
 def main(target: str, model: str, *names: str) -> None:
-  mesh = mesh_on(target, SPLIT.get(model, ONE_DEVICE))
+  mesh = mesh_on(target, model)
   # The first compilation of a process takes a second more.
   jax.jit(lambda x: x + 1).lower(place(jnp.zeros((8, 128)), mesh, ONE_DEVICE)).compile()
   for name in names:
