@@ -277,6 +277,7 @@ BOUNDS = (
   Bound(('v5e',), EIGHT, (ADAMW,), 'moved', 10.8),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'temporaries', 0.1),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'syncs', 0),
+  Bound(('v5e',), STEP_BOTH, (SGDM,), 'collectives', 0),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'kernels per leaf', 1, exactly=True, holds=False),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'scalar kernels', 16, holds=False),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'compile ratio', 2, holds=False),
@@ -284,6 +285,8 @@ BOUNDS = (
   Bound(GPUS, TRAIN_8B, (SGDM,), 'peak', 2.6, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM, ADAMW), 'compile ratio', 2, holds=False),
   Bound(('v5e',), TRAIN_1B, (ADAMW,), 'peak', 5.5, holds=False),
+  Bound(('v5e',), STEP_ROWS, (SGDM, ADAMW), 'collectives', 0, holds=False),
+  Bound(('v5e',), STEP_BOTH, (ADAMW,), 'collectives', 0, holds=False),
 )
 
 
@@ -432,7 +435,7 @@ def select(
 
 def check(targets: list[str], seconds: float) -> int:
   """Compiles what the bounds of quick rows are about, says what it found, and gives the exit status."""
-  bounds = tuple(bound for bound in BOUNDS if bound.model in STEPS)
+  bounds = tuple(bound for bound in BOUNDS if bound.model in (*STEPS, STEP_BOTH))
   wanted: dict[tuple[str, str], list[str]] = {}
   for bound in bounds:
     for target in set(bound.targets) & set(targets):
