@@ -95,7 +95,7 @@ def test_what_the_kernel_cannot_do_has_a_reason():
   reason = lambda shape, format: _triton.why_not([lpmm.quantize(jnp.ones(shape), format, where=lambda *_: format)])
   assert reason((64, 128), lpmm.INT8) is None
   assert reason((64, 128), lpmm.INT4) is None
-  assert reason((63, 1), lpmm.INT4) == 'an odd number of 4-bit codes'
+  assert reason((63, 1), lpmm.Format(bits=4, block_size=1)) == 'an odd number of 4-bit codes'
   assert reason((64, 100), lpmm.INT8) == 'blocks of 50, no power of two'
   assert reason((64, 3), lpmm.BFLOAT16) is None
   assert reason((128, 3), lpmm.INT8) == 'blocks along another axis than the last'
