@@ -182,7 +182,7 @@ def update_leaf(
   else:
     leaves = [leaf for leaf in (*slots, gradient.accumulated, gradient.recent, *reads) if leaf is not None]
     writes = _driver.update_in_place(
-      static.kernels, static.sharding, leaves, stages, tilings, shared, zero, only_read, writes
+      static.kernels, static.sharding, leaves, stages, tilings, blocks, shared, zero, only_read, writes
     )
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]

@@ -8,12 +8,14 @@ import re
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _format
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
+from lpmm_optax.storage import _targets
 from lpmm_optax.storage import _view
 from lpmm_optax.storage._format import Format
 
@@ -99,7 +101,9 @@ class QuantizedArray:
   def dense(self, dtype: Any = None, path: str = '<root>') -> jax.Array:
     """The values, in `dtype` or that of the array; messages call it by `path`."""
     check(path, self)
-    return _cast(_mesh.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
+    platforms = _targets.chosen().get('tpu', ()) if _view.suits_products(self.shape, blocks_of(self)) else ()
+    decode = functools.partial(_decode, platforms)
+    return _cast(_mesh.follow(decode, self.codes, self), self.dtype if dtype is None else dtype)
 
   def __repr__(self) -> str:
     shape = getattr(self.codes, 'shape', None)
@@ -369,10 +373,17 @@ def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fr
   return with_stored(target, rounded._replace(codes=view.merge(rounded.codes)))
 
 
-@jax.jit
-def _decode(x: QuantizedArray) -> jax.Array:
-  codec = whole_codec(x)
-  return codec_view(codec).merge(codec.decode(stored(x)))
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(platforms: tuple[str, ...], x: QuantizedArray) -> jax.Array:
+  """The values, float32; platforms: those that decode as a TPU does."""
+
+  def decode(make_view, x):
+    codec = codec_of(x, make_view(x.shape, blocks_of(x)))
+    return codec_view(codec).merge(codec.decode(stored(x)))
+
+  of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.products))
+  default = functools.partial(decode, _view.cells)
+  return lax.platform_dependent(x, default=default, **of_tpu) if of_tpu else default(x)
 
 
 def _cast(value: jax.Array, dtype: Any) -> jax.Array:

@@ -261,8 +261,11 @@ def bind_elementwise(primitive: jex.Primitive, params: Mapping[str, Any], operan
   by_scalar = primitive is lax.div_p and np.ndim(operands[0]) and not np.ndim(operands[1])
   if by_scalar and jnp.issubdtype(operands[0].dtype, jnp.floating):
     return lax.mul(operands[0], jnp.broadcast_to(1 / operands[1], np.shape(operands[0])))
-  shape = jnp.broadcast_shapes(*(np.shape(x) for x in operands))
-  return primitive.bind(*(jnp.broadcast_to(x, shape) for x in operands), **params)
+  shapes = {np.shape(x) for x in operands}
+  if len(shapes) > 1:  # Where there is nothing to do, jnp takes its time to see that.
+    shape = jnp.broadcast_shapes(*shapes)
+    operands = [jnp.broadcast_to(x, shape) for x in operands]
+  return primitive.bind(*operands, **params)
 
 
 def _is_cheap(jaxpr: Any) -> bool:
