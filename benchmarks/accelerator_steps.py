@@ -19,13 +19,19 @@ from accelerators import EIGHT
 from accelerators import EMBEDDING
 from accelerators import METHODS
 from accelerators import RESNET
+from accelerators import SPLIT
 from accelerators import STACKED
+from accelerators import STEP_BOTH
+from accelerators import STEP_ROWS
 from accelerators import TARGETS
 from accelerators import TRAIN_1B
 from accelerators import TRAIN_8B
+from accelerators import TRAIN_BOTH
 from accelerators import TRAIN_RESNET
+from accelerators import TRAIN_ROWS
 from accelerators import TRAIN_TRANSFORMER
 from accelerators import Method
+from accelerators import Split
 import flashoptim_jax as flashoptim
 import hlo
 import jax
@@ -38,9 +44,9 @@ import peak_memory
 
 import lpmm_optax as lpmm
 
+ONE_DEVICE = Split({'x': 1})
 # How many elements the loop takes at once where a GPU is the default device.
 GPU_TILE = 2**24
-VOCABULARY = 128256
 CHUNKS = 8
 
 
@@ -132,7 +138,16 @@ def rope(x: jax.Array) -> jax.Array:
   return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
-def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, tokens: int = 2048) -> peak_memory.Model:
+def llama(
+  layers: int,
+  width: int,
+  hidden: int,
+  heads: int,
+  kv_heads: int,
+  tokens: int = 2048,
+  vocabulary: int = 128256,
+  batch: int = 1,
+) -> peak_memory.Model:
   """Shaped like Llama 3: scanned layers, computed again in the backward pass, in bfloat16, and untied embeddings.
 
   The cross entropy is taken in chunks, whose logits are computed again as well.
@@ -140,7 +155,7 @@ def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, token
   size = width // heads
   kv = kv_heads * size
   shapes = {
-    'embedding': (VOCABULARY, width),
+    'embedding': (vocabulary, width),
     'layers': {
       'attention_norm': (layers, width),
       'q': (layers, width, width),
@@ -153,13 +168,13 @@ def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, token
       'down': (layers, hidden, width),
     },
     'norm': (width,),
-    'head': (width, VOCABULARY),
+    'head': (width, vocabulary),
   }
   decode = partial(lpmm.dequantize, dtype=jnp.bfloat16)
 
   def layer(x, weights):
     weights = decode(weights)
-    split = lambda name, count: (h @ weights[name]).reshape(1, tokens, count, size)
+    split = lambda name, count: (h @ weights[name]).reshape(batch, tokens, count, size)
     h = peak_memory.rms_norm(x, weights['attention_norm'])
     attended = jax.nn.dot_product_attention(
       rope(split('q', heads)), rope(split('k', kv_heads)), split('v', kv_heads), is_causal=True
@@ -168,8 +183,8 @@ def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, token
     h = peak_memory.rms_norm(x, weights['mlp_norm'])
     return x + (jax.nn.silu(h @ weights['gate']) * (h @ weights['up'])) @ weights['down'], None
 
-  def loss(params, batch):
-    x = decode(params['embedding'])[batch[:, :-1]]
+  def loss(params, examples):
+    x = decode(params['embedding'])[examples[:, :-1]]
     x, _ = lax.scan(jax.checkpoint(layer), x, params['layers'])
     x, head = peak_memory.rms_norm(x, decode(params['norm'])), decode(params['head'])
 
@@ -177,14 +192,14 @@ def llama(layers: int, width: int, hidden: int, heads: int, kv_heads: int, token
       hidden, labels = rows
       return total + peak_memory.cross_entropy(hidden @ head, labels) / CHUNKS, None
 
-    rows = x.reshape(CHUNKS, -1, width), batch[:, 1:].reshape(CHUNKS, -1)
-    return lax.scan(jax.checkpoint(chunk), jnp.zeros(()), rows)[0]
+    chunks = lambda x: jnp.swapaxes(x.reshape(batch, CHUNKS, -1, *x.shape[2:]), 0, 1)
+    return lax.scan(jax.checkpoint(chunk), jnp.zeros(()), (chunks(x), chunks(examples[:, 1:])))[0]
 
   def init(key):
     del key
     return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
-  return peak_memory.Model(init, loss, (jax.ShapeDtypeStruct((1, tokens + 1), jnp.int32),), ())
+  return peak_memory.Model(init, loss, (jax.ShapeDtypeStruct((batch, tokens + 1), jnp.int32),), ())
 
 
 def small(make: Callable[..., peak_memory.Model]) -> peak_memory.Model:
@@ -201,17 +216,28 @@ def leaves(*shapes: tuple[int, ...]) -> Callable[[], Any]:
   return lambda: {f'w{i}': jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)}
 
 
+llama_8b = partial(llama, 32, 4096, 14336, 32, 8)
+
+
+def llama_8b_shapes() -> Any:
+  return jax.eval_shape(llama_8b().init, jax.random.key(0))
+
+
 STEPS = {
   EIGHT: leaves(*[(2048, 2048)] * 8),
   STACKED: leaves((32, 2048, 8192)),
   EMBEDDING: leaves((50257, 768)),
   RESNET: resnet_shapes,
+  STEP_ROWS: llama_8b_shapes,
+  STEP_BOTH: llama_8b_shapes,
 }
 TRAINED = {
   TRAIN_TRANSFORMER: partial(small, peak_memory.make_transformer),
   TRAIN_RESNET: partial(small, peak_memory.make_resnet),
   TRAIN_1B: partial(llama, 16, 2048, 8192, 32, 8),
-  TRAIN_8B: partial(llama, 32, 4096, 14336, 32, 8),
+  TRAIN_8B: llama_8b,
+  TRAIN_ROWS: partial(llama_8b, batch=8),
+  TRAIN_BOTH: partial(llama_8b, batch=8),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,23 +245,41 @@ TRAINED = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sharding_on(target: str) -> jax.sharding.NamedSharding:
-  """On one device of a target."""
+# Smaller ones, norms and counts, are on every chip.
+SMALLEST_SPLIT = 2**20
+
+
+def mesh_on(target: str, model: str) -> jax.sharding.Mesh:
+  """Of devices of a target; where optimizer steps are split, types say how, as they must for the kernel of a TPU."""
+  split = SPLIT.get(model, ONE_DEVICE)
+  count = math.prod(split.mesh.values())
   platform, name, config = TARGETS[target].platform, TARGETS[target].topology, TARGETS[target].config
   options = {'target_config': config.read_text(), 'topology': '1x1x1'} if config is not None else {}
-  topology = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
-  mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ('x',))
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  topology = topologies.get_topology_desc(platform=platform, topology_name=name if count == 1 else 'v5e:2x4', **options)
+  devices = np.array(topology.devices[:count]).reshape(tuple(split.mesh.values()))
+  kind = jax.sharding.AxisType.Explicit if model in SPLIT and model in STEPS else jax.sharding.AxisType.Auto
+  return jax.sharding.Mesh(devices, tuple(split.mesh), axis_types=(kind,) * len(split.mesh))
 
 
-def compile_and_count(program: Program, sharding: jax.sharding.NamedSharding) -> dict[str, Any]:
+def place(x: Any, mesh: jax.sharding.Mesh, split: Split, is_batch: bool = False) -> jax.ShapeDtypeStruct:
+  """An array of a step as it lies on a mesh."""
+  spec: tuple[Any, ...] = ()
+  if is_batch:
+    spec = (tuple(split.mesh),)
+  elif x.size >= SMALLEST_SPLIT and len(x.shape) > 1:
+    spec = (*[None] * (len(x.shape) - 2), split.rows, split.columns)
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def compile_and_count(program: Program, mesh: jax.sharding.Mesh, split: Split, is_trained: bool) -> dict[str, Any]:
   """What a row says of the program."""
-  params, opt_state, *_ = program.args
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-  args = jax.tree.map(place, program.args)
+  params, opt_state, *others = program.args
+  args = jax.tree.map(partial(place, mesh=mesh, split=split), (params, opt_state))
+  args += jax.tree.map(partial(place, mesh=mesh, split=split, is_batch=is_trained), tuple(others))
   start = time.perf_counter()
   # Pallas asks the mesh for which device it compiles.
-  with jax.sharding.use_abstract_mesh(sharding.mesh.abstract_mesh):
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = jax.jit(program.step, donate_argnums=(0, 1)).lower(*args)
   middle = time.perf_counter()
   compiled = lowered.compile()
@@ -256,6 +300,8 @@ def compile_and_count(program: Program, sharding: jax.sharding.NamedSharding) ->
     'loops': counts.loops,
     'unknown_loops': counts.unknown_loops,
     'conditionals': counts.conditionals,
+    'collectives': counts.collectives,
+    'collective_bytes': int(counts.collective_bytes),
     'estimated_cycles': counts.cycles,
     'temporary_bytes': memory.temp_size_in_bytes,
     'peak_bytes': held + memory.temp_size_in_bytes,
@@ -264,28 +310,27 @@ def compile_and_count(program: Program, sharding: jax.sharding.NamedSharding) ->
   }
 
 
-def measure(target: str, model: str, name: str, sharding: jax.sharding.NamedSharding) -> dict[str, Any]:
+def measure(target: str, model: str, name: str, mesh: jax.sharding.Mesh) -> dict[str, Any]:
   """A row, or why there is none."""
   method = METHODS[name]
   # Read when a step is traced.
-  os.environ['LPMM_KERNEL'] = '1' if method.driver == 'kernel' else '0'
+  os.environ['LPMM_KERNEL'] = TARGETS[target].platform if method.driver == 'kernel' else '0'
   try:
     if model in STEPS:
       program = optimizer_step(method, STEPS[model](), TARGETS[target].platform)
     else:
       program = training_step(method, TRAINED[model]())
-    return compile_and_count(program, sharding)
+    return compile_and_count(program, mesh, SPLIT.get(model, ONE_DEVICE), model in TRAINED)
   except Exception as error:
     return {'error': f'{type(error).__name__}: {str(error)[:300]}'}
 
 
 def main(target: str, model: str, *names: str) -> None:
-  sharding = sharding_on(target)
+  mesh = mesh_on(target, model)
   # The first compilation of a process takes a second more.
-  x = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=sharding)
-  jax.jit(lambda x: x + 1).lower(x).compile()
+  jax.jit(lambda x: x + 1).lower(place(jnp.zeros((8, 128)), mesh, ONE_DEVICE)).compile()
   for name in names:
-    print(json.dumps(measure(target, model, name, sharding)), flush=True)
+    print(json.dumps(measure(target, model, name, mesh)), flush=True)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,8 @@ it is there; one that is in the file is not made again. An error, or a row that 
 second makes tables, in docs/performance.md too, and needs neither environment; the third judges a few quick rows by
 BOUNDS and exits with 1 if one is missed.
 
-A step is compiled for one device, with parameters and optimizer state donated. An optimizer step is given a gradient in
+A step is compiled for one device, or for the eight chips of a TPU v5e-8 over which its arrays are split and the figures
+then are of one chip, with parameters and optimizer state donated. An optimizer step is given a gradient in
 float32; a training step is forward pass, backward pass and optimizer on one of four microbatches. Memory is the
 compiler's: peak = arguments + outputs - aliased + temporaries. Kernels and bytes are counted in the scheduled program
 by the rules of `benchmarks/hlo.py`. A loop whose number of turns the compiler does not know counts as one turn, so that
@@ -134,6 +135,7 @@ def make_methods() -> dict[str, Method]:
 
 
 METHODS = make_methods()
+SGDM, ADAMW, LION = 'lpmm.sgdm, kernel', 'lpmm.adamw, kernel', 'lpmm.lion, kernel'
 EIGHT, STACKED, EMBEDDING, RESNET = '8 x 2048 x 2048', '32 x 2048 x 8192', '50257 x 768', 'ResNet-50, its leaves'
 TRAIN_TRANSFORMER, TRAIN_RESNET = 'train Transformer', 'train ResNet-50'
 TRAIN_1B, TRAIN_8B = 'train Llama 1B', 'train Llama 8B'
@@ -141,11 +143,34 @@ STEPS = (EIGHT, STACKED, EMBEDDING, RESNET)
 TRAINED = (TRAIN_TRANSFORMER, TRAIN_RESNET, TRAIN_1B, TRAIN_8B)
 
 
+class Split(NamedTuple):
+  """How matrices, stacked or not, are split over devices, and batches with them: names of mesh axes.
+
+  Attributes:
+    mesh: devices along each axis of the mesh.
+    rows: along which rows are split.
+    columns: along which columns are.
+  """
+
+  mesh: dict[str, int]
+  rows: str | None = None
+  columns: str | None = None
+
+
+BY_ROWS, BY_BOTH = Split({'x': 8}, 'x'), Split({'x': 4, 'y': 2}, 'x', 'y')
+STEP_ROWS, STEP_BOTH = 'leaves of Llama 8B on 8 chips by rows', 'leaves of Llama 8B on 8 chips by rows and columns'
+TRAIN_ROWS, TRAIN_BOTH = 'train Llama 8B on 8 chips by rows', 'train Llama 8B on 8 chips by rows and columns'
+SPLIT = {STEP_ROWS: BY_ROWS, STEP_BOTH: BY_BOTH, TRAIN_ROWS: BY_ROWS, TRAIN_BOTH: BY_BOTH}
+MODELS = (*STEPS, *TRAINED, *SPLIT)
+
+
 def fits(model: str, name: str) -> bool:
   """Whether a method is of interest for a model."""
   method = METHODS[name]
   if method.driver == 'loop in one tile':
     return model == EIGHT
+  if model in SPLIT:
+    return method.optimizer != 'lion' and (method.by == 'optax fp32' or name in (SGDM, ADAMW))
   return model in STEPS or (method.optimizer != 'lion' and method.by in ('optax fp32', 'optax bf16', 'lpmm'))
 
 
@@ -192,8 +217,11 @@ FIGURES = {
   'syncs': Figure('host syncs', lambda row, base: row['unknown_loops'] + row['conditionals'], 0),
   'moved': Figure('moved, B/param', per_param('bytes_moved'), 2),
   'floor': Figure('floor', per_param('floor_bytes'), 2),
+  'collectives': Figure('collectives', lambda row, base: row['collectives'], 0),
+  'collected': Figure('collected, GiB', lambda row, base: row['collective_bytes'] / 2**30, 2),
   'copied': Figure('copied', per_param('copied_bytes'), 2),
   'temporaries': Figure('temporaries, B/param', per_param('temporary_bytes'), 3),
+  'temporaries GiB': Figure('temporaries, GiB', lambda row, base: row['temporary_bytes'] / 2**30, 2),
   'peak': Figure('peak, B/param', per_param('peak_bytes'), 2),
   'peak GiB': Figure('peak, GiB', lambda row, base: row['peak_bytes'] / 2**30, 2),
   'seconds': Figure('compile, s', lambda row, base: seconds(row), 1),
@@ -201,10 +229,11 @@ FIGURES = {
   'cycles': Figure('cycles to Optax', lambda row, base: row['estimated_cycles'] / base['estimated_cycles'], 2),
 }
 # What is multiplied by turns of loops.
-COUNTED = ('kernels', 'kernels per leaf', 'scalar kernels', 'moved', 'copied', 'cycles')
+COUNTED = ('collectives', 'collected', 'kernels', 'kernels per leaf', 'scalar kernels', 'moved', 'copied', 'cycles')
 COLUMNS = {
   STEPS: ('kernels', 'kernels per leaf', 'syncs', 'moved', 'floor', 'temporaries', 'peak', 'seconds', 'compile ratio'),
   TRAINED: ('kernels', 'syncs', 'moved', 'copied', 'temporaries', 'peak', 'peak GiB', 'seconds', 'compile ratio'),
+  tuple(SPLIT): ('collectives', 'collected', 'kernels', 'syncs', 'temporaries GiB', 'peak GiB', 'seconds'),
 }
 
 
@@ -231,7 +260,6 @@ class Bound(NamedTuple):
 
 
 GPUS = ('h100', 'a100')
-SGDM, ADAMW, LION = 'lpmm.sgdm, kernel', 'lpmm.adamw, kernel', 'lpmm.lion, kernel'
 KERNELS = (SGDM, 'lpmm.sgdm paper, kernel', ADAMW, LION)
 LOOP_SGDM, LOOP_ADAMW = 'lpmm.sgdm, loop in one tile', 'lpmm.adamw, loop in one tile'
 BOUNDS = (
@@ -249,6 +277,7 @@ BOUNDS = (
   Bound(('v5e',), EIGHT, (ADAMW,), 'moved', 10.8),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'temporaries', 0.1),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'syncs', 0),
+  Bound(('v5e',), STEP_BOTH, (SGDM,), 'collectives', 0),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'kernels per leaf', 1, exactly=True, holds=False),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'scalar kernels', 16, holds=False),
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'compile ratio', 2, holds=False),
@@ -256,6 +285,8 @@ BOUNDS = (
   Bound(GPUS, TRAIN_8B, (SGDM,), 'peak', 2.6, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM, ADAMW), 'compile ratio', 2, holds=False),
   Bound(('v5e',), TRAIN_1B, (ADAMW,), 'peak', 5.5, holds=False),
+  Bound(('v5e',), STEP_ROWS, (SGDM, ADAMW), 'collectives', 0, holds=False),
+  Bound(('v5e',), STEP_BOTH, (ADAMW,), 'collectives', 0, holds=False),
 )
 
 
@@ -335,6 +366,8 @@ def versions(target: str) -> dict[str, str]:
 def compile_rows(target: str, model: str, names: list[str], seconds: float) -> Iterator[Row]:
   """A row per method. One process makes them in turn; another takes over if it dies or a row takes too long."""
   environment = os.environ | TARGETS[target].environment
+  if model in SPLIT:
+    environment |= {'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
   while names:
     command = [sys.executable, str(HERE / 'accelerator_steps.py'), target, model, *names]
     with subprocess.Popen(
@@ -373,7 +406,7 @@ def describe(row: Row) -> str:
   key = f'{row["target"]} | {row["model"]} | {row["method"]}'
   if 'error' in row:
     return f'{key}: {row["error"]}'
-  names = ('kernels', 'syncs', 'moved', 'temporaries', 'peak', 'seconds')
+  names = ('kernels', 'syncs', 'moved', 'temporaries', 'peak', 'collectives', 'seconds')
   texts = (f'{FIGURES[name].title} {FIGURES[name].of(row, row):.{FIGURES[name].decimals}f}' for name in names)
   return f'{key}: {", ".join(texts)}'
 
@@ -389,7 +422,9 @@ def select(
   """What is to be made: methods by target and model."""
   wanted: dict[tuple[str, str], list[str]] = {}
   for target in targets:
-    for model in STEPS + TRAINED:
+    for model in MODELS:
+      if model in SPLIT and target != 'v5e':
+        continue
       for name in METHODS:
         key = target, model, name
         matches = lambda pattern, key=key: fnmatch.fnmatch(' | '.join(key), f'*{pattern}*')
@@ -400,7 +435,7 @@ def select(
 
 def check(targets: list[str], seconds: float) -> int:
   """Compiles what the bounds of quick rows are about, says what it found, and gives the exit status."""
-  bounds = tuple(bound for bound in BOUNDS if bound.model in STEPS)
+  bounds = tuple(bound for bound in BOUNDS if bound.model in (*STEPS, STEP_BOTH))
   wanted: dict[tuple[str, str], list[str]] = {}
   for bound in bounds:
     for target in set(bound.targets) & set(targets):
@@ -448,7 +483,7 @@ def tables(rows: dict[Key, Row]) -> Iterator[str]:
     if of_target:
       texts = dict.fromkeys(', '.join(f'{k} {v}' for k, v in r['versions'].items() if k != 'commit') for r in of_target)
       yield f'### {TARGETS[target].title}\n\nWith {"; and ".join(texts)}.\n'
-    for model in STEPS + TRAINED:
+    for model in MODELS:
       row = next((row for key, row in rows.items() if key[:2] == (target, model) and 'error' not in row), None)
       if row is not None:
         yield f'{model[0].upper()}{model[1:]}: {row["parameters"] / 1e6:.1f}M parameters in {row["leaves"]} arrays.\n'

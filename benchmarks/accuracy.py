@@ -3,6 +3,7 @@
   pip install -e '.[examples,benchmarks]'
   python benchmarks/accuracy.py --tasks digits --seeds 0 1 2
   python benchmarks/accuracy.py --tasks chars chars-finetune --text tinyshakespeare.txt --seeds 0 1 2
+  python benchmarks/accuracy.py --tasks stories --stories stories15M --text tinyshakespeare.txt --microbatches 1
   python benchmarks/accuracy.py --ablations block-size random-bits --text tinyshakespeare.txt
   python benchmarks/accuracy.py --list
 
@@ -10,8 +11,8 @@ A run is named by task, settings of the task, method, hyperparameters, microbatc
 already is not repeated; one that was interrupted is, from its start. `benchmarks/report.py` makes tables and plots of
 the file.
 
-Seeds differ in the first weights (but for chars-finetune), the batches and the rounding. All methods of a seed start
-from the same weights and see the same examples in the same order, however many microbatches they come in. With
+Seeds differ in the batches, the rounding, and the first weights unless these are pretrained. All methods of a seed
+start from the same weights and see the same examples in the same order, however many microbatches they come in. With
 `--together`, all seeds of a configuration run at once under vmap: faster where a run alone leaves the device idle, not
 on a CPU.
 """
@@ -42,12 +43,14 @@ from rich.progress import MofNCompleteColumn
 from rich.progress import Progress
 from rich.progress import TextColumn
 from rich.progress import TimeRemainingColumn
+import tokenizers
 
 import lpmm_optax as lpmm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
 
 import datasets
+import llama
 from methods import ABLATIONS
 from methods import METHODS
 from methods import VARIANTS
@@ -231,7 +234,46 @@ def chars_finetune(args: argparse.Namespace, **changed: int) -> Task:
   )
 
 
-TASKS = {'digits': digits, 'cifar10': cifar10, 'chars': chars, 'chars-finetune': chars_finetune}
+def stories(args: argparse.Namespace, **changed: int) -> Task:
+  """A real pretrained Llama, stories15M as `benchmarks/convert_stories.py` writes it, fine-tuned on the text."""
+  if args.stories is None or args.text is None:
+    raise SystemExit('error: the task stories needs --stories, the folder of its model, and --text')
+  config = llama.parse_config(llama.read_config(args.stories))
+  tokenizer = tokenizers.Tokenizer.from_file(str(args.stories / 'tokenizer.json'))
+  tokens = np.asarray(tokenizer.encode(args.text.read_text(encoding='utf-8'), add_special_tokens=False).ids, np.int32)
+  settings = {'batch_size': 4, 'context': 32, 'steps': 40} | changed
+  context = settings['context']
+  settings |= {'model': 'stories15M', 'text': args.text.name, 'tokens': len(tokens)}
+  pretrained = llama.load(args.stories, config, None)
+  train, validation = np.split(tokens, [len(tokens) - len(tokens) // 10])
+  held_out = np.linspace(0, len(validation) - context - 1, 32).astype(np.int64).reshape(2, -1)
+
+  def mean_loss(weights, inputs, targets):
+    return jnp.mean(llama.losses(config, weights, inputs, targets, jnp.float32))
+
+  def batch(seed, step):
+    starts = np.random.default_rng((seed, step)).integers(0, len(train) - context, settings['batch_size'])
+    return train_char_lm.windows(train, starts, context)
+
+  compiled = jax.jit(mean_loss)
+  windows = [train_char_lm.windows(validation, starts, context) for starts in held_out]
+  return Task(
+    settings=settings,
+    init=lambda seed: (pretrained, ()),
+    loss=lambda weights, extra, *batch: (mean_loss(weights, *batch), extra),
+    batch=batch,
+    evaluate=lambda weights, extra: float(np.mean([compiled(weights, *window) for window in windows])),
+    metric='validation loss',
+    steps=settings['steps'],
+    rates={'adamw': 1e-4, 'lion': 3e-5},
+    weight_decay={'adamw': 0.1, 'lion': 0.3},
+    warmup=settings['steps'] // 10,
+    final=0.1,
+    clip={'adamw': 1.0, 'lion': 1.0},
+  )
+
+
+TASKS = {'digits': digits, 'cifar10': cifar10, 'chars': chars, 'chars-finetune': chars_finetune, 'stories': stories}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
@@ -391,7 +433,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--ablations', nargs='+', choices=ABLATIONS, default=[], metavar='NAME', help=f'of {", ".join(ABLATIONS)}')
   add('--seeds', nargs='+', type=int, default=[0, 1, 2], metavar='SEED', help='(default 0 1 2)')
   add('--together', action='store_true', help='all seeds of a configuration at once, under vmap')
-  add('--text', type=Path, metavar='FILE', help="for the tasks of characters (default: Python's help)")
+  add('--text', type=Path, metavar='FILE', help="for the tasks of language (default for characters: Python's help)")
+  add('--stories', type=Path, metavar='DIR', help='what benchmarks/convert_stories.py has written')
   add('--cifar10', type=Path, metavar='DIR', help='where the archive of CIFAR-10 was unpacked')
   add('--epochs', type=int, default=200, help='of CIFAR-10 (default %(default)s)')
   add('--results', type=Path, default=DEFAULT_RESULTS, metavar='FILE', help='(default %(default)s)')

@@ -20,6 +20,7 @@ import re
 from typing import NamedTuple
 
 BITS = {'pred': 8, 'bf16': 16, 's4': 4, 'u4': 4}
+COLLECTIVES = ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter')
 FREE = {
   'after-all',
   'bitcast',
@@ -138,6 +139,8 @@ class Counts:
     loops: that are in the program.
     unknown_loops: whose number of turns is not known, so that the host must wait before each.
     conditionals: for which it must wait as well.
+    collectives: operations between devices.
+    collective_bytes: that each device gets from them.
     cycles: that the compiler estimates, where it does.
   """
 
@@ -148,6 +151,8 @@ class Counts:
   loops: int = 0
   unknown_loops: int = 0
   conditionals: int = 0
+  collectives: int = 0
+  collective_bytes: float = 0.0
   cycles: int = 0
 
   def add(self, other: 'Counts', times: int = 1) -> None:
@@ -196,10 +201,13 @@ class Program:
     cycles = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
     # An engine of its own moves what is copied in the background.
     is_kernel = not op.in_background or op.opcode in ('fusion', 'custom-call')
+    is_collective = op.opcode in COLLECTIVES
     return Counts(
       kernels=int(is_kernel),
       large_kernels=int(is_kernel and touched > SMALL),
       bytes=moved,
+      collectives=int(is_collective),
+      collective_bytes=sum(array_sizes(op.type, on_chip=True)) if is_collective else 0.0,
       copied_bytes=moved if self._is_copy(op) and moved == touched else 0.0,
       cycles=int(cycles[1]) if cycles else 0,
     )

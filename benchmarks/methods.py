@@ -90,7 +90,7 @@ def flash_adamw(rate, decay, key):
 
   tx = flashoptim.flash_adamw(rate, B1, B2, weight_decay=decay, fused=jax.default_backend() == 'gpu')
   step = lambda grads, params, opt_state: tx.step(params, opt_state, grads)
-  return lpmm.InPlaceTransformation(tx.init, None, step, obstacles=lambda params: {})
+  return lpmm.InPlaceTransformation(tx.init, None, step)
 
 
 INTO = lpmm.INTO_MOMENTUM
@@ -128,6 +128,17 @@ METHODS = {
     'sgdm', lpmm.INT4, our_sgdm(), INTO, 'sgdm-fp32-velocity', '4-bit parameters, 8-bit momentum, feedback'
   ),
   'adamw-fp32': Method('adamw', jnp.float32, optax_adamw, 'optax', 'adamw-fp32', 'optax.adamw, float32'),
+  'adamw-bf16-nearest': Method(
+    'adamw',
+    BFLOAT16_NEAREST,
+    our_adamw(False, BFLOAT16_NEAREST),
+    BFLOAT16_NEAREST,
+    'adamw-fp32',
+    'bfloat16, nearest',
+  ),
+  'adamw-bf16': Method(
+    'adamw', lpmm.BFLOAT16, our_adamw(False, lpmm.BFLOAT16), lpmm.BFLOAT16, 'adamw-fp32', 'bfloat16, stochastic'
+  ),
   'adamw-8': Method('adamw', lpmm.INT8, our_adamw(), lpmm.INT8, 'adamw-fp32', '8 bits, feedback (recommended)'),
   'adamw-8-nearest': Method('adamw', NEAREST, our_adamw(False, ADAM_NEAREST), NEAREST, 'adamw-fp32', '8 bits, nearest'),
   'adamw-8-plain': Method('adamw', lpmm.INT8, our_adamw(False), lpmm.INT8, 'adamw-fp32', '8 bits, stochastic'),

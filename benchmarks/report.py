@@ -30,12 +30,14 @@ TITLES = {
   'cifar10': 'ResNet on CIFAR-10',
   'chars': 'Character-level Transformer',
   'chars-finetune': 'Character-level Transformer, fine-tuned at a thirtieth of the rate',
+  'stories': 'Llama of 15.2M parameters, pretrained (stories15M) and fine-tuned',
 }
 METRICS = {
   'digits': ('test accuracy, %', 2),
   'cifar10': ('test accuracy, %', 2),
   'chars': ('validation loss, nats', 4),
   'chars-finetune': ('validation loss, nats', 4),
+  'stories': ('validation loss, nats', 4),
 }
 # Rows of the summary in README.md, and the comments between which it stands.
 SUMMARY = (

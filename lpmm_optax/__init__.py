@@ -4,6 +4,8 @@ import importlib.util as _importlib_util
 
 from lpmm_optax.optimizers._adam import adam
 from lpmm_optax.optimizers._adam import adamw
+from lpmm_optax.optimizers._clipping import ClipByPreviousNormState
+from lpmm_optax.optimizers._clipping import clip_by_previous_norm
 from lpmm_optax.optimizers._lion import lion
 from lpmm_optax.optimizers._low_precision import EagerStepWarning
 from lpmm_optax.optimizers._low_precision import InPlaceTransformation
@@ -12,6 +14,8 @@ from lpmm_optax.optimizers._low_precision import low_precision
 from lpmm_optax.optimizers._sgdm import sgdm
 from lpmm_optax.state import _export as _export
 from lpmm_optax.state._convert import convert
+from lpmm_optax.state._outliers import OutlierReport
+from lpmm_optax.state._outliers import outlier_report
 from lpmm_optax.state._report import MemoryReport
 from lpmm_optax.state._report import memory_report
 from lpmm_optax.state._self_check import SelfCheck
@@ -55,6 +59,7 @@ __all__ = [
   'INT16',
   'INTO_MOMENTUM',
   'UINT8_SQRT',
+  'ClipByPreviousNormState',
   'EagerStepWarning',
   'Ema',
   'EmaState',
@@ -64,6 +69,7 @@ __all__ = [
   'MemoryReport',
   'MultiSteps',
   'MultiStepsState',
+  'OutlierReport',
   'QuantizedArray',
   'SelfCheck',
   'Underflow',
@@ -71,6 +77,7 @@ __all__ = [
   'adamw',
   'apply_if_finite',
   'chain',
+  'clip_by_previous_norm',
   'convert',
   'dequantize',
   'ema',
@@ -79,6 +86,7 @@ __all__ = [
   'low_precision',
   'masked',
   'memory_report',
+  'outlier_report',
   'partition',
   'quantize',
   'self_check',

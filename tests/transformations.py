@@ -33,15 +33,19 @@ TILED = {
   'adamw schedule': (lambda: optax.adamw(schedule, weight_decay=0.1), {'mu': 'int8', 'nu': 'uint8_sqrt'}),
   'adamw mask': (lambda: optax.adamw(0.01, mask=only_matrices), {'mu': 'int8', 'nu': 'uint8_sqrt'}),
   'nadamw': (lambda: optax.nadamw(0.01), {'mu': 'int8', 'nu': 'uint8_sqrt'}),
-  'amsgrad': (lambda: optax.amsgrad(0.01), {'mu': 'int8', 'nu': 'uint8_sqrt', 'nu_max': 'uint8_sqrt'}),
+  'amsgrad': (lambda: optax.amsgrad(0.01), {'mu': 'bfloat16', 'nu': 'bfloat16', 'nu_max': 'bfloat16'}),
   'adamax': (lambda: optax.adamax(0.01), {'mu': 'int8', 'nu': 'uint8_sqrt'}),
   'radam': (lambda: optax.radam(0.01), {'mu': 'int8', 'nu': 'uint8_sqrt'}),
-  'yogi': (lambda: optax.yogi(0.01), {'mu': 'int8', 'nu': 'bfloat16'}),
+  'yogi': (lambda: optax.yogi(0.01), {'mu': 'bfloat16', 'nu': 'bfloat16'}),
   # The mean enters the denominator, as (g - mu)^2.
   'adabelief': (lambda: optax.adabelief(0.01), {'mu': 'bfloat16', 'nu': 'uint8_sqrt'}),
-  'ademamix': (lambda: contrib.ademamix(0.01), {'m1': 'int8', 'm2': 'int8', 'nu': 'uint8_sqrt'}),
+  'ademamix': (lambda: contrib.ademamix(0.01), {'m1': 'int8', 'm2': 'int16', 'nu': 'uint8_sqrt'}),
   'lion': (lambda: optax.lion(0.001), {'mu': 'int8'}),
   'rmsprop': (lambda: optax.rmsprop(0.01, momentum=0.9), {'nu': 'uint8_sqrt', 'trace': 'int8'}),
+  'centered rmsprop': (lambda: optax.rmsprop(0.01, centered=True, momentum=0.9), {'trace': 'int8'}),
+  'adadelta': (lambda: optax.adadelta(0.1), {'e_g': 'uint8_sqrt', 'e_x': 'bfloat16'}),
+  'rprop': (lambda: optax.rprop(0.01), {'step_sizes': 'bfloat16', 'prev_updates': 'bfloat16'}),
+  'madgrad': (lambda: contrib.madgrad(0.01), {'grad_sum_sq': 'uint8_sqrt', 's': 'int16', 'x0': 'int8'}),
   'adagrad': (lambda: optax.adagrad(0.1), {'sum_of_squares': 'uint8_sqrt'}),
   'novograd': (lambda: optax.novograd(0.01), {'mu': 'int8'}),
   'schedule_free': (lambda: contrib.schedule_free(optax.sgd(0.01), 0.01), {'z': 'int8'}),
@@ -87,7 +91,12 @@ WHOLE = {
   'adafactor': (
     lambda: optax.adafactor(0.01, min_dim_size_to_factor=32, multiply_by_parameter_scale=True), {}, 'reduce_sum'
   ),
-  'muon': (lambda: contrib.muon(0.01), {'mu': 'int8'}, 'reshape'),
+  'prodigy': (
+    lambda: contrib.prodigy(),
+    {'exp_avg': 'int8', 'exp_avg_sq': 'uint8_sqrt', 'grad_sum': 'int16', 'params0': 'int8'},
+    'reshape',
+  ),
+  'muon': (lambda: contrib.muon(0.01), {'mu': 'int16'}, 'reshape'),
 }  # fmt: skip
 
 ALL = {name: case[0] for name, case in (TILED | WHOLE).items()}

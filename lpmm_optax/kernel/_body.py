@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -44,6 +45,30 @@ def unknown_dtype(leaves: Sequence[Any], known: frozenset[str]) -> str | None:
 def blocks_of(leaves: Sequence[Any]) -> list[tuple[int, int]]:
   """The (axis, block size) of everything stored in the shape of some leaves."""
   return [block for leaf in leaves for block in _array.blocks_of(leaf)]
+
+
+class Task(NamedTuple):
+  """What a kernel does: a staged update of all tiles of a leaf, or of one device's shard of it.
+
+  Attributes:
+    stages: of the update.
+    shape: of the leaf.
+    blocks: (axis, block size) of everything stored in its shape.
+    values: small arrays that all tiles share.
+    zero: uint32[], zero at run time.
+    reads: arrays that are only read.
+    writes: arrays that are replaced; donated ones are overwritten in place.
+    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
+  """
+
+  stages: _tiles.MakeStages
+  shape: tuple[int, ...]
+  blocks: Sequence[tuple[int, int]]
+  values: Any
+  zero: jax.Array
+  reads: Any
+  writes: Any
+  origin: Sequence[jax.Array] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ All run the same stages and give the same bits. The platform that is lowered for
 from collections.abc import Sequence
 import functools
 import math
-import os
 import types
 from typing import Any
 from typing import NamedTuple
@@ -21,8 +20,7 @@ from lpmm_optax.kernel import _tpu
 from lpmm_optax.kernel import _triton
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
-
-VARIABLE = 'LPMM_KERNEL'
+from lpmm_optax.storage import _targets
 
 
 class Kernel(NamedTuple):
@@ -41,32 +39,15 @@ class Kernel(NamedTuple):
 
 _TRITON, _TPU = Kernel('cuda', _triton), Kernel('tpu', _tpu)
 
-_KERNELS = {
-  '0': (),
-  '1': (_TRITON, _TPU),
-  'interpret': (_TRITON, Kernel('cpu', _triton, interpret=True)),
-  'interpret_tpu': (_TPU, Kernel('cpu', _tpu, interpret=True)),
-}
-_DEFAULTS = {'gpu': (_TRITON,), 'tpu': (_TPU,)}
-
 
 def chosen() -> tuple[Kernel, ...]:
-  """The kernels that the environment variable LPMM_KERNEL allows when a step is traced.
-
-  '0' is for the loop on every platform, '1' for a kernel wherever a step is lowered for an NVIDIA GPU or a TPU, whether
-  there is one or not; 'interpret', on a CPU, for Triton's kernel, and 'interpret_tpu' for that of a TPU, for tests.
-  Unset, a kernel is only for the platform that JAX has, which spares a CPU the tracing, and `jax.export` the kernel:
-  Triton's programs cannot be exported, so on a GPU set it to '0' for that.
-
-  Raises:
-    ValueError: for another value.
-  """
-  value = os.environ.get(VARIABLE)
-  if value is None:
-    return _DEFAULTS.get(jax.default_backend(), ())
-  if value not in _KERNELS:
-    raise ValueError(f"{VARIABLE}={value!r} must be '0', '1', 'interpret' or 'interpret_tpu'")
-  return _KERNELS[value]
+  """The kernels that may run the update in what is traced now."""
+  runs = _targets.chosen()
+  return tuple(
+    kernel._replace(platform=platform, interpret=platform != kernel.platform)
+    for kernel in (_TRITON, _TPU)
+    for platform in runs.get(kernel.platform, ())
+  )
 
 
 def without_kernel(leaves: Sequence[Any]) -> dict[str, str]:
@@ -87,6 +68,7 @@ def update_in_place(
   leaves: Sequence[Any],
   stages: _tiles.MakeStages,
   tilings: list[_tiles.Tiling],
+  blocks: list[tuple[int, int]],
   values: Any,
   zero: jax.Array,
   reads: Any,
@@ -100,6 +82,7 @@ def update_in_place(
     leaves: whose arrays `reads` and `writes` are, QuantizedArrays and dense arrays of one shape.
     stages: of the update.
     tilings: of the leaf, for the loop.
+    blocks: (axis, block size) of everything stored in its shape.
     values: small arrays that all tiles share.
     zero: uint32[], zero at run time.
     reads: arrays that are only read.
@@ -110,7 +93,6 @@ def update_in_place(
   """
   args = values, zero, reads, writes
   shape = tilings[0].shape
-  blocks = _body.blocks_of(leaves)
 
   def loop(values, zero, reads, writes):
     return _tiles.update_in_place(stages, tilings, blocks, values, zero, reads, writes, fused=False)
@@ -118,7 +100,7 @@ def update_in_place(
   def run_kernel(kernel, shape, origin, values, zero, reads, writes):
     axes = _mesh.varying_axes(values, reads, writes)
     args = _mesh.vary((values, zero, reads, writes, origin), axes)
-    return kernel.driver.update_in_place(stages, shape, blocks, kernel.interpret, *args)
+    return kernel.driver.update_in_place(_body.Task(stages, shape, blocks, *args), kernel.interpret)
 
   def run_shard(kernel, shape, origin, values, zero, reads, writes):
     """The update of one device's shard, of `shape`, whose first element has the coordinates `origin`."""

@@ -22,7 +22,6 @@ from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.kernel import _body
-from lpmm_optax.kernel import _tiles
 from lpmm_optax.storage import _view
 
 # Of a vector: rows of the smallest dtype, which packs four of them into one row of 32 bits, and lanes.
@@ -230,37 +229,18 @@ class _Operand:
     return self.turn(x.astype(jnp.uint32)).astype(x.dtype) if self.is_turned else x
 
 
-def update_in_place(
-  stages: _tiles.MakeStages,
-  shape: tuple[int, ...],
-  blocks: Sequence[tuple[int, int]],
-  interpret: bool,
-  values: Any,
-  zero: jax.Array,
-  reads: Any,
-  writes: Any,
-  origin: Sequence[jax.Array] | None,
-) -> Any:
-  """Runs a staged update over all tiles of a leaf, as `_tiles.update_in_place` does.
+def update_in_place(task: _body.Task, interpret: bool) -> Any:
+  """The new `task.writes`, where `why_not` has nothing against it.
 
   Args:
-    stages: of the update.
-    shape: of the leaf.
-    blocks: (axis, block size) of everything stored in its shape; `why_not` has accepted them.
+    task: what is updated.
     interpret: whether JAX runs the kernel, on any platform and slowly, rather than a TPU.
-    values: small arrays that all tiles share.
-    zero: uint32[], zero at run time.
-    reads: arrays that are only read.
-    writes: arrays that are replaced; donated ones are overwritten in place.
-    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
-
-  Returns:
-    The new `writes`.
   """
   # Imported where they are needed, for they take a while.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as plt
 
+  stages, shape, blocks, values, zero, reads, writes, origin = task
   plan = choose_plan(shape, blocks)
   origin = [jnp.uint32(0)] * len(shape) if origin is None else origin
   # No TPU, to the seventh generation, contracts a product and a sum of vectors.

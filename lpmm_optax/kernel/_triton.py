@@ -20,7 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.kernel import _body
-from lpmm_optax.kernel import _tiles
+from lpmm_optax.storage import _array
 from lpmm_optax.storage import _view
 
 # Per tile. On an H100, one leaf of 2^27 elements, in ps per parameter at 1, 2 and 4 warps: sgdm 5.5, 4.2, 4.5; adamw
@@ -30,7 +30,7 @@ WARPS = 2
 
 # Registers hold a tile, and a tile holds whole blocks.
 _MOST_ELEMENTS = 8192
-_DTYPES = frozenset({'int8', 'uint8', 'int16', 'uint16', 'float32', 'bfloat16', 'float16'})
+_DTYPES = frozenset({'int4', 'int8', 'uint8', 'int16', 'uint16', 'float32', 'bfloat16', 'float16'})
 
 
 def why_not(leaves: Sequence[Any], shape: tuple[int, ...] | None = None) -> str | None:
@@ -52,6 +52,8 @@ def why_not(leaves: Sequence[Any], shape: tuple[int, ...] | None = None) -> str 
     return f'blocks of {odd[0]}, no power of two'
   if any(shape[-1] % size for _, size in blocks):
     return 'a shard cuts blocks'
+  if math.prod(shape) % 2 and any(x.dtype == jnp.int4 for leaf in leaves for x in jax.tree.leaves(_array.stored(leaf))):
+    return 'an odd number of 4-bit codes'
   if _unit(blocks) > _MOST_ELEMENTS:
     return f'blocks of more than {_MOST_ELEMENTS} elements'
   return _body.TOO_LARGE if _body.is_too_large(shape) else None
@@ -88,33 +90,14 @@ def choose_lots(size: int, tile: int) -> list[Lot]:
   return [*lots, Lot(small, (size - rest) // small, rest // small)] if rest else lots
 
 
-def update_in_place(
-  stages: _tiles.MakeStages,
-  shape: tuple[int, ...],
-  blocks: Sequence[tuple[int, int]],
-  interpret: bool,
-  values: Any,
-  zero: jax.Array,
-  reads: Any,
-  writes: Any,
-  origin: Sequence[jax.Array] | None,
-) -> Any:
-  """Runs a staged update over all tiles of a leaf, as `_tiles.update_in_place` does.
+def update_in_place(task: _body.Task, interpret: bool) -> Any:
+  """The new `task.writes`, where `why_not` has nothing against it.
 
   Args:
-    stages: of the update.
-    shape: of the leaf.
-    blocks: (axis, block size) of everything stored in its shape; `why_not` has accepted them.
+    task: what is updated.
     interpret: whether JAX runs the kernel, on any platform and slowly, rather than Triton.
-    values: small arrays that all tiles share.
-    zero: uint32[], zero at run time.
-    reads: arrays that are only read.
-    writes: arrays that are replaced; donated ones are overwritten in place.
-    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
-
-  Returns:
-    The new `writes`.
   """
+  stages, shape, blocks, values, zero, reads, writes, origin = task
   size = math.prod(shape)
   whole = writes
   reads, writes = jax.tree.map(lambda x: x.reshape(-1), (reads, writes))
@@ -149,30 +132,61 @@ def _update_lot(body: _body.Body, size: int, lot: Lot, is_only: bool, interpret:
 
   # What this lot does not write is kept in the arrays that it writes.
   passed = body.read if is_only else [*body.read, *(value for value in body.written if value not in body.read)]
-  rules = {} if interpret else _rules(plt)
+  rules = {'convert_element_type': _convert} | ({} if interpret else _rules(plt))
+  is_packed = {value: x.dtype == jnp.int4 for value, x in body.arrays.items()}
+  operands = {value: _bytes_of(x) if is_packed[value] else x for value, x in body.arrays.items()}
 
   def kernel(words, *refs):
     ref_of = dict(zip(passed, refs[: len(passed)], strict=True))
     number = pl.program_id(0).astype(jnp.uint32) + jnp.uint32(lot.first)
     offsets = [number * jnp.uint32(lot.tile)]
-    new = body.evaluate(lambda i: words[i], offsets, lambda value: ref_of[value][...], rules)
-    for ref, tile in zip(refs[len(passed) :], new.values(), strict=True):
-      ref[...] = jnp.broadcast_to(tile, ref.shape)
+    tile_of = lambda value: _unpacked(ref_of[value][...]) if is_packed[value] else ref_of[value][...]
+    new = body.evaluate(lambda i: words[i], offsets, tile_of, rules)
+    for ref, (value, tile) in zip(refs[len(passed) :], new.items(), strict=True):
+      ref[...] = _packed(tile) if is_packed[value] else jnp.broadcast_to(tile, ref.shape)
 
   def spec(value):
-    return pl.BlockSpec((lot.tile * body.arrays[value].size // size,), lambda step: (step + lot.first,))
+    return pl.BlockSpec((lot.tile * operands[value].size // size,), lambda step: (step + lot.first,))
 
-  return pl.pallas_call(
+  new = pl.pallas_call(
     kernel,
     grid=(lot.tiles,),
     in_specs=[pl.BlockSpec(body.words.shape, lambda step: (0,)), *map(spec, passed)],
     out_specs=list(map(spec, body.written)),
-    out_shape=[_body.as_result(body.arrays[value]) for value in body.written],
+    out_shape=[_body.as_result(operands[value]) for value in body.written],
     input_output_aliases={1 + passed.index(value): i for i, value in enumerate(body.written) if value in passed},
     interpret=interpret,
     compiler_params=None if interpret else plt.CompilerParams(num_warps=WARPS, num_stages=1),
     name='lpmm_update',
-  )(body.words, *(body.arrays[value] for value in passed))
+  )(body.words, *(operands[value] for value in passed))
+  return [_codes_of(x) if is_packed[value] else x for value, x in zip(body.written, new, strict=True)]
+
+
+# XLA on a GPU keeps two 4-bit codes in a byte, the first in its lower half, so that these two move nothing.
+def _bytes_of(codes: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(codes.reshape(-1, 2), jnp.int8)
+
+
+def _codes_of(packed: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(packed, jnp.int4).reshape(-1)
+
+
+# Triton has no type of 4 bits.
+def _unpacked(packed: jax.Array) -> jax.Array:
+  """int8[n] to the int8[2n] that are in it."""
+  shift = 4 * lax.broadcasted_iota(jnp.int32, (packed.size, 2), 1)
+  both = jnp.broadcast_to(packed.astype(jnp.int32)[:, None], shift.shape)
+  return (both << (28 - shift) >> 28).astype(jnp.int8).reshape(-1)
+
+
+def _packed(codes: jax.Array) -> jax.Array:
+  """The reverse."""
+  pairs = codes.astype(jnp.int32).reshape(-1, 2) & 15
+  return jnp.sum(pairs << 4 * lax.broadcasted_iota(jnp.int32, pairs.shape, 1), axis=1, dtype=jnp.int32).astype(jnp.int8)
+
+
+def _convert(x: jax.Array, *, new_dtype: Any, **_: Any) -> jax.Array:
+  return x.astype(jnp.int8 if new_dtype == jnp.int4 else new_dtype)
 
 
 def _rules(plt: Any) -> dict[str, Callable]:

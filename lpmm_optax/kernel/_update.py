@@ -182,36 +182,16 @@ def update_leaf(
   else:
     leaves = [leaf for leaf in (*slots, gradient.accumulated, gradient.recent, *reads) if leaf is not None]
     writes = _driver.update_in_place(
-      static.kernels, static.sharding, leaves, stages, tilings, shared, zero, only_read, writes
+      static.kernels, static.sharding, leaves, stages, tilings, blocks, shared, zero, only_read, writes
     )
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
 
-def accumulate_leaf(
-  static: LeafUpdate,
-  gradient: _gradient.Gradient,
-  word: jax.Array,
-  zero: jax.Array,
-  start: Sequence[jax.Array] = (),
-) -> Any:
-  """The new `gradient.accumulated`, after `gradient.recent`: an update of it that has no program and no fields.
-
-  Args:
-    static: of an update without a program.
-    gradient: with both arrays.
-    word: uint32[2], the random word of the leaf.
-    zero: uint32[], zero at run time.
-    start: as for `update_leaf`.
-  """
-  recent = dataclasses.replace(gradient, accumulated=None)
-  return update_leaf(static, recent, gradient.accumulated, word[None], zero, start=start)[0]
-
-
-def follow(update: Callable, static: LeafUpdate, template: jax.Array, *args: Any) -> Any:
-  """`update(static, *args)`, by `update_leaf` or `accumulate_leaf`, with results that are sharded as a template is."""
+def follow(static: LeafUpdate, template: jax.Array, *args: Any) -> tuple[Any, list[Any]]:
+  """`update_leaf(static, *args)`, with results that are sharded as a template is."""
   static = dataclasses.replace(static, sharding=_mesh.explicit_sharding(template))
-  return _mesh.follow(functools.partial(update, static), template, *args)
+  return _mesh.follow(functools.partial(update_leaf, static), template, *args)
 
 
 def _least(dtype: Any) -> Any:
@@ -232,6 +212,11 @@ REDUCERS: dict[str, tuple[Callable, Callable, Callable]] = {
 }
 
 
+def neutral(name: str, dtype: Any) -> jax.Array:
+  """The reduction of nothing."""
+  return jnp.asarray(REDUCERS[name][2](dtype), dtype)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def reduce_leaf(
   name: str,
@@ -244,7 +229,7 @@ def reduce_leaf(
   """A reduction of all of `program(gradient, *scalars)` to a scalar of `dtype`, tile by tile."""
   template: Any = gradient.accumulated
   blocks = _array.blocks_of(template)
-  reduce, combine, start = REDUCERS[name]
+  reduce, combine = REDUCERS[name][:2]
 
   def body(tiling, step, total):
     view = _view.cells(tiling.tile_shape, blocks)
@@ -253,4 +238,4 @@ def reduce_leaf(
     (value,) = program(g, *scalars)
     return combine(total, reduce(jnp.broadcast_to(value, g.shape)))
 
-  return _tiles.fold(body, _tiles.choose_tilings(template.shape, blocks, tile_size), jnp.asarray(start(dtype), dtype))
+  return _tiles.fold(body, _tiles.choose_tilings(template.shape, blocks, tile_size), neutral(name, dtype))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
+import types
 from typing import Any
 from typing import NamedTuple
 import warnings
@@ -27,6 +28,7 @@ from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
 from lpmm_optax.trace import _field_formats
+from lpmm_optax.trace import _flows
 from lpmm_optax.trace import _plan
 from lpmm_optax.trace import _program
 from lpmm_optax.trace import _uses
@@ -78,11 +80,11 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
   """
 
   step: Callable[..., tuple[Any, Any]]
-  # What there is behind it: the optimizer, if it is one and no wrapper, and what of it is not elementwise.
+  # What there is behind it: the optimizer, if it is one and no wrapper, and what is to be known of it.
   _optimizer: 'LowPrecision | None'
-  _obstacles: Callable[..., dict[str, str]]
+  _explain: Callable[..., 'Explanation']
 
-  def __new__(cls, init, update, step, *, optimizer=None, obstacles=lambda params, **extra_args: {}):
+  def __new__(cls, init, update, step, *, optimizer=None, explain=None):
     def sealed(updates, state, params=None, **extra_args):
       _warn_of_eager_steps(updates)
       deltas, state = update(updates, state, params, **extra_args)
@@ -95,7 +97,7 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     self = super().__new__(cls, init, sealed)
     self.step = watched
     self._optimizer = optimizer
-    self._obstacles = obstacles
+    self._explain = explain or _nothing_to_explain
     return self
 
   def __copy__(self):
@@ -127,13 +129,27 @@ def optimizer_of(tx: Any) -> 'LowPrecision | None':
   return tx._optimizer if isinstance(tx, InPlaceTransformation) else None
 
 
-def obstacles_of(tx: Any) -> Callable[..., dict[str, str]]:
-  """`(params, **extra) -> {path: operation}`.
+class Explanation(NamedTuple):
+  """What an optimizer does with a tree of parameters.
 
-  These are the leaves that a transformation of this package processes whole rather than in tiles, with the operation
-  that is not elementwise.
+  Attributes:
+    obstacles: by path of the leaves that it processes whole rather than in tiles, the operation that is not
+      elementwise.
+    choices: by (field, path), how its state is stored and why.
   """
-  return tx._obstacles if isinstance(tx, InPlaceTransformation) else lambda params, **extra_args: {}
+
+  obstacles: dict[str, str]
+  choices: dict[tuple[str, str], _field_formats.Choice]
+
+
+def _nothing_to_explain(params: Any, **extra_args: Any) -> Explanation:
+  del params, extra_args
+  return Explanation({}, {})
+
+
+def explain(tx: Any) -> Callable[..., Explanation]:
+  """`(params, **extra) -> Explanation`, of a transformation of this package."""
+  return tx._explain if isinstance(tx, InPlaceTransformation) else _nothing_to_explain
 
 
 class IntoMomentum(NamedTuple):
@@ -150,6 +166,28 @@ class IntoMomentum(NamedTuple):
   weight: Callable[[jax.Array], jax.Array]
 
 
+def _choose(
+  formats: _field_formats.Formats,
+  inner: optax.GradientTransformationExtraArgs,
+  params: _plan.Params,
+  leaves: list[Any],
+) -> tuple[_uses.Uses, dict[int, _field_formats.Choice]]:
+  """What is done with the entries of the inner state, and how each is stored."""
+  graph, shapes = _plan.trace_init(inner, params)
+  entries, arrays, treedef = _plan.entries_of(params, shapes)
+  uses = _uses.Uses(entries)
+  try:
+    if formats is not None:
+      uses = _flows.find(graph, _plan.plan_first_update(inner, params, entries, arrays, treedef))
+  except Exception:
+    # Only where a default has to be chosen must it be known what a field is for.
+    named = formats if isinstance(formats, Mapping) else ()
+    guessed = _field_formats.choose(formats, params, leaves, entries, uses)
+    if any(choice.format is not None and entries[e].field not in named for e, choice in guessed.items()):
+      raise
+  return uses, _field_formats.choose(formats, params, leaves, entries, uses)
+
+
 def _init_inner(
   formats: _field_formats.Formats,
   inner: optax.GradientTransformationExtraArgs,
@@ -159,17 +197,8 @@ def _init_inner(
   """The inner transformation's first state, each array in its format."""
   graph, shapes = _plan.trace_init(inner, params)
   entries, arrays, treedef = _plan.entries_of(params, shapes)
-  uses = _uses.Uses(entries)
-  try:
-    if formats is not None:
-      uses = _uses.find(graph, _plan.plan_first_update(inner, params, entries, arrays, treedef))
-  except Exception:
-    # Only where a default has to be chosen must it be known what a field is for.
-    named = formats if isinstance(formats, Mapping) else ()
-    guessed = _field_formats.choose(formats, params, leaves, entries, uses)
-    if any(format is not None and entries[e].field not in named for e, format in guessed.items()):
-      raise
-  chosen = _field_formats.choose(formats, params, leaves, entries, uses)
+  uses, choices = _choose(formats, inner, params, leaves)
+  chosen = {e: choice.format for e, choice in choices.items()}
   owned = _plan.owned(entries)
 
   def from_params(e, leaves):
@@ -226,13 +255,16 @@ def low_precision(
 
   Args:
     inner: the transformation. It sees float32 arrays, one per parameter (float64 for float64 ones).
-    formats: how state is stored. 'default' chooses by what `inner` does with a field: `UINT8_SQRT` for one that never
-      turns negative (a second moment), `BFLOAT16` for another that reaches a denominator, a root or a logarithm, `INT8`
-      for all others (momentum, weights). Decays and rates are taken to lie between 0 and 1. One Format is for every
-      field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for 8 bits or fewer, `BFLOAT16` for
-      more. None keeps all state dense. A dict {field: ...} gives a Format, None, or, as in `quantize`, a list of
-      (regular expression, Format or None) or a function of (path, leaf), for the fields it names, such as 'mu'; the
-      others keep their defaults.
+    formats: how state is stored. 'default' chooses for each field the smallest format that holds what `inner` does with
+      it: 8 bits, on a square-root grid for what never turns negative; `INT16` for a slow average and for what is
+      multiplied as a matrix; `BFLOAT16` for a divisor that may turn negative, for what is divided by a field in
+      `BFLOAT16` or dense, for a maximum over all steps; none where a root is taken of a difference of two fields.
+      `memory_report` says which, and why. Decays and rates are taken to lie between 0 and 1, and decays that follow
+      from the step as they are late in training; one that comes from elsewhere is not known, and not taken for slow.
+      One Format is for every field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for 8 bits
+      or fewer, and of 16 bits a field takes `INT16` or `BFLOAT16`, whichever holds it. None keeps all state dense. A
+      dict {field: ...} gives a Format, None, or, as in `quantize`, a list of (regular expression, Format or None) or a
+      function of (path, leaf), for the fields it names, such as 'mu'; the others keep their defaults.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: manual mesh axes over which parameters are sharded, so that every shard rounds with bits of its own, in
@@ -243,8 +275,9 @@ def low_precision(
     chain: nothing may transform its integer deltas.
 
   Raises:
-    TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf; for a state that it
-      did not make, at `update`. What `inner` itself raises gets a note that says how it was called.
+    TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf, what is done with it
+      and which formats can; for a state that it did not make, at `update`. What `inner` itself raises gets a note that
+      says how it was called.
 
   >>> import jax, jax.numpy as jnp, optax, lpmm_optax as lpmm
   >>> inner = optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01, momentum=0.9))
@@ -269,18 +302,33 @@ def low_precision(
 
 def _evaluate_outer(
   plan: _plan.Plan,
+  wanted: Sequence[int],
   tile_size: int,
   zero: jax.Array,
-  gradients: dict[int, _gradient.Gradient],
+  gradients: Mapping[int, _gradient.Gradient],
   arrays: list[Any],
   leaves: list[Any],
+  reduced: Mapping[int, jax.Array],
+  with_effects: bool,
 ) -> dict[int, jax.Array]:
-  """The outer values of a plan: from the gradients of its leaves, the arrays of its entries, and the parameters."""
+  """Outer values of a plan.
+
+  Args:
+    plan: of the update.
+    wanted: numbers of the values.
+    tile_size: in elements.
+    zero: uint32[], zero at run time.
+    gradients: by leaf, as far as the values need them.
+    arrays: of the plan's entries.
+    leaves: the parameters.
+    reduced: reductions of gradients that are known already.
+    with_effects: whether side effects happen.
+  """
   # An accumulated gradient would be decoded whole to be reduced.
   reductions = {
     value: reduction
     for value, reduction in plan.reductions.items()
-    if _array.is_quantized(gradients[reduction.leaf].accumulated)
+    if reduction.leaf in gradients and _array.is_quantized(gradients[reduction.leaf].accumulated)
   }
 
   def evaluate(zero, sources):
@@ -289,6 +337,8 @@ def _evaluate_outer(
 
     def argument(value):
       aval = plan.graph.avals[value]
+      if value in reduced:
+        return sources['reduced'][value]
       if value in reductions:
         reduction = reductions[value]
         scalars = plan.graph.evaluate(reduction.scalars, argument, zero=zero)
@@ -306,11 +356,12 @@ def _evaluate_outer(
         return _program.hidden(x) if is_number else x
       return exact(lambda x: _array.dequantize(x, aval.dtype), x)
 
-    return plan.graph.evaluate(plan.outer, argument, given=reductions, zero=zero, with_effects=True)
+    given = {*reductions, *reduced}
+    return plan.graph.evaluate(wanted, argument, given=given, zero=zero, with_effects=with_effects)
 
   templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
   closure = {value: x for value, x in plan.graph.known.items() if not plan.graph.is_literal(value)}
-  sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure}
+  sources = {'gradient': gradients, 'state': arrays, 'param': leaves, 'closure': closure, 'reduced': dict(reduced)}
   return _mesh.follow_each(evaluate, templates, zero, sources)
 
 
@@ -364,7 +415,7 @@ class LowPrecision:
   @property
   def transformation(self) -> InPlaceTransformation:
     """As it is used."""
-    return InPlaceTransformation(self.init, self.update, self.step, optimizer=self, obstacles=self.obstacles)
+    return InPlaceTransformation(self.init, self.update, self.step, optimizer=self, explain=self.explain)
 
   def preceded_by(self, transformations: Sequence[optax.GradientTransformation]) -> InPlaceTransformation:
     """The same of gradients that others have transformed first, all as one."""
@@ -392,12 +443,15 @@ class LowPrecision:
     """Parameters, and the state."""
     return self._advance(gradients, params, state, True, extra_args)
 
-  def obstacles(self, params: Any, **extra_args: Any) -> dict[str, str]:
-    """As in `obstacles_of`."""
-    structure, _ = _plan.flatten(_array.unwrap(params))
+  def explain(self, params: Any, **extra_args: Any) -> Explanation:
+    """As in `explain`."""
+    structure, leaves = _plan.flatten(_array.unwrap(params))
     _, shapes = _plan.trace_init(self.composite, structure)
     plan = _plan.plan_update(self.composite, structure, *_plan.entries_of(structure, shapes), extra_args)
-    return {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
+    obstacles = {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
+    uses, choices = _choose(self.formats, self.inner, structure, leaves)
+    names = {e: (uses.entries[e].field, structure.paths[i]) for e, i in _plan.owned(uses.entries).items()}
+    return Explanation(obstacles, {names[e]: choice for e, choice in choices.items()})
 
   def _split(self, state: Any) -> tuple[tuple[Any, ...], LowPrecisionState]:
     """The states of the preceding transformations, and our own."""
@@ -414,73 +468,201 @@ class LowPrecision:
       )
     return tuple(before), own
 
-  def _advance(
-    self, gradients: Any, params: Any, state: Any, in_place: bool, extra_args: dict[str, Any]
-  ) -> tuple[Any, Any]:
-    if params is None:
-      raise ValueError(f'{self.name} needs the parameters: call update(gradients, state, params)')
+  def planned(
+    self,
+    structure: _plan.Params,
+    leaves: list[Any],
+    state: Any,
+    extra_args: dict[str, Any],
+    gradients: Mapping[int, _gradient.Gradient] | None = None,
+  ) -> 'PlannedStep':
+    """The next step.
+
+    Args:
+      structure: of the parameters.
+      leaves: of the parameters.
+      state: as `init` made it, or a step.
+      extra_args: passed on.
+      gradients: by leaf, of which types alone count; None if they are not known yet.
+    """
     before, own = self._split(state)
-    structure, leaves = _plan.flatten(params)
-    gradients = _gradient.flatten(structure, gradients)
     combined = own.inner_state if self.preceding is None else (*before, own.inner_state)
     entries, arrays, treedef = _plan.entries_of(structure, combined)
     _plan.check_state(self.name, self.composite, structure, entries, arrays)
-    templates = {i: gradient.template(structure.templates[i]) for i, gradient in gradients.items()}
+    templates = None
+    if gradients is not None:
+      templates = {i: gradient.template(structure.templates[i]) for i, gradient in gradients.items()}
     plan = _plan.plan_update(self.composite, structure, entries, arrays, treedef, extra_args, templates)
     step = _program.hidden(own.step)
-    zero = _program.runtime_zero(step)
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
-    tile_size = self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most)
-    outer = _evaluate_outer(plan, tile_size, zero, gradients, arrays, leaves)
-    hyperparams = self.feedback.hyperparams(step, own.inner_state) if self.feedback else {}
     keys = [structure.keys[i] for i in structure.active]
     words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
     names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(entries)]
+    return PlannedStep(
+      self,
+      structure,
+      leaves,
+      own,
+      arrays,
+      treedef,
+      plan,
+      names,
+      dict(zip(structure.active, words, strict=True)),
+      _program.runtime_zero(step),
+      self.feedback.hyperparams(step, own.inner_state) if self.feedback else {},
+      self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most),
+    )
 
-    new_leaves = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
-    new_arrays = list(arrays)
-    for e, value in plan.shared.items():
-      new = jnp.broadcast_to(outer[value], arrays[e].shape)
-      new_arrays[e] = new if new.dtype == arrays[e].dtype else new.astype(arrays[e].dtype)
-    for (i, leaf), leaf_words in zip(plan.leaves.items(), words, strict=True):
-      names_of_fields = tuple(names[e] for e in leaf.fields)
-      feedback = self.feedback if self.feedback and self.feedback.fields <= set(names_of_fields) else None
-      fields = [arrays[e] for e in leaf.fields]
-      static = _update.LeafUpdate(
-        leaf.program,
-        leaves[i].shape,
-        tile_size,
-        self.shard_axes,
-        names_of_fields,
-        feedback.correct if feedback else None,
-        in_place,
-        leaf.is_difference,
-      )
-      values = gradients[i], [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
-      if any(_array.is_quantized(x) for x in (leaves[i], *fields)):
-        values = jax.tree.map(functools.partial(_without_derivative, structure.paths[i]), values)
-      gradient, reads, scalars = values
-      new_leaves[i], new_fields = _update.follow(
-        _update.update_leaf,
-        static,
-        _array.stored(leaves[i]).codes,
-        gradient,
-        leaves[i],
-        leaf_words,
-        zero,
-        fields,
-        reads,
-        scalars,
-        hyperparams if feedback else {},
-      )
-      for e, array in zip(leaf.fields, new_fields, strict=True):
-        new_arrays[e] = array
-    combined = treedef.unflatten(new_arrays)
-    *new_before, inner_state = (combined,) if self.preceding is None else combined
-    new_own = LowPrecisionState(optax.safe_increment(own.step), own.key, inner_state)
-    return structure.treedef.unflatten(new_leaves), new_own if self.preceding is None else (*new_before, new_own)
+  def _advance(
+    self, gradients: Any, params: Any, state: Any, in_place: bool, extra_args: dict[str, Any]
+  ) -> tuple[Any, Any]:
+    if params is None:
+      raise ValueError(f'{self.name} needs the parameters: call update(gradients, state, params)')
+    structure, leaves = _plan.flatten(params)
+    by_leaf = _gradient.flatten(structure, gradients)
+    planned = self.planned(structure, leaves, state, extra_args, by_leaf)
+    outer = planned.outer(planned.plan.outer, by_leaf, with_effects=True)
+    new = {
+      i: planned.leaf(i, outer, in_place).run(by_leaf[i], leaves[i], planned.fields(i)) for i in planned.plan.leaves
+    }
+    rest = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
+    return planned.finish(new, outer, rest)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('words', 'zero', 'reads', 'scalars', 'hyperparams'),
+  meta_fields=('path', 'static'),
+)
+@dataclasses.dataclass(frozen=True)
+class LeafStep:
+  """The update of one leaf, but for its gradient, its arrays and those of its state.
+
+  Attributes:
+    path: of the leaf.
+    static: of the update.
+    words: its random words.
+    zero: uint32[], zero at run time.
+    reads: dense arrays of the leaf's shape.
+    scalars: of the program.
+    hyperparams: of the feedback.
+  """
+
+  path: str
+  static: _update.LeafUpdate
+  words: jax.Array
+  zero: jax.Array
+  reads: list[jax.Array] = dataclasses.field(default_factory=list)
+  scalars: list[jax.Array] = dataclasses.field(default_factory=list)
+  hyperparams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  def run(
+    self, gradient: _gradient.Gradient, target: Any, fields: Sequence[Any], start: Sequence[jax.Array] = ()
+  ) -> tuple[Any, list[Any]]:
+    """(new target or delta, new fields), as `update_leaf` gives them."""
+    values = gradient, self.reads, self.scalars
+    if any(_array.is_quantized(x) for x in (target, *fields)):
+      values = jax.tree.map(functools.partial(_without_derivative, self.path), values)
+    gradient, reads, scalars = values
+    arrays = gradient, target, self.words, self.zero, fields, reads, scalars, self.hyperparams, start
+    return _update.follow(self.static, _array.stored(target).codes, *arrays)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedStep:
+  """A step of an optimizer whose gradients may be still to come.
+
+  Attributes:
+    optimizer: whose step it is.
+    structure: of the parameters.
+    leaves: the parameters.
+    own: the state of the optimizer.
+    arrays: of the state of what precedes it, and of its inner state.
+    treedef: of these.
+    plan: of the update.
+    names: of the entries.
+    words: uint32[slots, 2] per leaf.
+    zero: uint32[], zero at run time.
+    hyperparams: of the feedback.
+    tile_size: in elements.
+  """
+
+  optimizer: LowPrecision
+  structure: _plan.Params
+  leaves: list[Any]
+  own: LowPrecisionState
+  arrays: list[Any]
+  treedef: Any
+  plan: _plan.Plan
+  names: list[str]
+  words: dict[int, jax.Array]
+  zero: jax.Array
+  hyperparams: dict[str, jax.Array]
+  tile_size: int
+
+  def outer(
+    self,
+    wanted: Sequence[int],
+    gradients: Mapping[int, _gradient.Gradient],
+    reduced: Mapping[int, jax.Array] = types.MappingProxyType({}),
+    *,
+    with_effects: bool,
+  ) -> dict[int, jax.Array]:
+    """Outer values of the plan, by number; see `_evaluate_outer`."""
+    return _evaluate_outer(
+      self.plan, wanted, self.tile_size, self.zero, gradients, self.arrays, self.leaves, reduced, with_effects
+    )
+
+  def fields(self, i: int) -> list[Any]:
+    """The state of a leaf, in the order of its update."""
+    return [self.arrays[e] for e in self.plan.leaves[i].fields]
+
+  def leaf(self, i: int, outer: Mapping[int, jax.Array], in_place: bool) -> LeafStep:
+    """The update of a leaf, from the outer values that it needs."""
+    leaf = self.plan.leaves[i]
+    names = tuple(self.names[e] for e in leaf.fields)
+    feedback = self.optimizer.feedback
+    if feedback is not None and not feedback.fields <= set(names):
+      feedback = None
+    static = _update.LeafUpdate(
+      leaf.program,
+      self.leaves[i].shape,
+      self.tile_size,
+      self.optimizer.shard_axes,
+      names,
+      feedback.correct if feedback else None,
+      in_place,
+      leaf.is_difference,
+    )
+    reads, scalars = [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
+    path = self.structure.paths[i]
+    return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams if feedback else {})
+
+  def finish(
+    self, new: Mapping[int, tuple[Any, list[Any]]], outer: Mapping[int, jax.Array], rest: list[Any]
+  ) -> tuple[Any, Any]:
+    """(parameters or deltas, state) after the step.
+
+    Args:
+      new: by leaf, the parameter or delta, and its fields.
+      outer: the values that what belongs to no leaf becomes.
+      rest: the parameters or deltas of the leaves that are not updated, among all leaves.
+    """
+    leaves, arrays = list(rest), list(self.arrays)
+    for e, value in self.plan.shared.items():
+      shared = jnp.broadcast_to(outer[value], arrays[e].shape)
+      arrays[e] = shared if shared.dtype == arrays[e].dtype else shared.astype(arrays[e].dtype)
+    for i, (leaf, fields) in new.items():
+      leaves[i] = leaf
+      for e, array in zip(self.plan.leaves[i].fields, fields, strict=True):
+        arrays[e] = array
+    combined = self.treedef.unflatten(arrays)
+    is_alone = self.optimizer.preceding is None
+    *before, inner_state = (combined,) if is_alone else combined
+    own = LowPrecisionState(optax.safe_increment(self.own.step), self.own.key, inner_state)
+    return self.structure.treedef.unflatten(leaves), own if is_alone else (*before, own)
 
 
 def transform(

@@ -46,8 +46,9 @@ def convert(
 
   Args:
     tree: what there is, concrete arrays.
-    like: a tree of the structure and formats wanted, such as ``tx.init(params)``, whose values do not matter, except
-      the keys of optimizers of this package where tree has none.
+    like: a tree of the structure and formats wanted, such as ``tx.init(params)``. Its values matter in two ways alone:
+      it gives the keys of optimizers of this package where tree has none; and rounding is to its grid, wherever that
+      fits a block, so that what was converted from it, to dense arrays, comes back as it was.
     learning_rate: of the last step; for `sgdm` alone.
     momentum: the decay; for `sgdm` alone.
     key: a `jax.random` key to round stochastically, so that the result is unbiased; None rounds to nearest.
@@ -119,7 +120,7 @@ class _Walk:
     word = None
     if format is not None and format.rounding == 'stochastic' and self.raw_key is not None:
       word = _random.words(self.raw_key, _random.Domain.CONVERT, [], [path], 1)[0, 0]
-    return _array.encode(dense, format, target.dtype, word)
+    return _array.encode_as(dense, target, word)
 
   def _optimizer(self, path: Any, source: Any, target: Any) -> Any:
     """A LowPrecisionState to another, or to Optax's own state, or from it."""

@@ -10,6 +10,7 @@ from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _format
 from lpmm_optax.storage._format import Format
+from lpmm_optax.trace import _field_formats
 from lpmm_optax.trace import _plan
 
 _FP32_BYTES = 4
@@ -31,6 +32,8 @@ class MemoryRow:
       for state, and where `memory_report` was not given the optimizer.
     loops: of a parameter that is updated in tiles, by platform that has a kernel ('cuda', 'tpu'), why the loop updates
       it there all the same.
+    reason: of state, why it is stored in this format: what the optimizer does with it, as far as that decides, or that
+      the caller chose; None where `memory_report` was not given the optimizer, or the state is stored otherwise.
   """
 
   group: str
@@ -41,6 +44,7 @@ class MemoryRow:
   exempt: str | None
   update: str | None
   loops: dict[str, str] = dataclasses.field(default_factory=dict)
+  reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,12 @@ class MemoryReport:
     """The rows that stayed dense although their group is quantized."""
     return tuple(row for row in self.rows if row.exempt)
 
+  @property
+  def formats(self) -> tuple[tuple[str, str], ...]:
+    """(field in format, reason) of the state in low precision or kept out of it, each once."""
+    found = [(f'{row.group} in {row.format}', row.reason) for row in self.rows if row.reason and not row.exempt]
+    return tuple(dict.fromkeys(found))
+
   def __str__(self) -> str:
     count = max(self.parameters, 1)
     lines = [f'{"group":<24}{"MiB":>12}{"bytes/param":>14}']
@@ -102,6 +112,7 @@ class MemoryReport:
       dense = sum(row.bytes for row in self.exempt)
       lines.append(f'dense by exemption: {len(self.exempt)} arrays, {dense / 2**20:.3f} MiB')
       lines += [f'  {row.group}/{row.path}: {row.format}, {row.exempt}' for row in self.exempt]
+    lines += [f'{name}: {reason}' for name, reason in self.formats]
     updated = [row for row in self.rows if row.update]
     if updated:
       whole = [row for row in updated if row.update != _IN_TILES]
@@ -126,16 +137,19 @@ def _row(
   block_size: int,
   update: str | None = None,
   loops: dict[str, str] | None = None,
+  reason: str | None = None,
 ) -> MemoryRow:
   """One array's row; `format` is one that its group has, or None if all of it is dense."""
   exempt = None
   if format is not None and not _array.is_quantized(x):
     exempt = _format.exemption(x.shape, x.dtype, format.with_block_size(block_size)) or 'chosen by the caller'
   name = str(x.format) if _array.is_quantized(x) else jnp.dtype(x.dtype).name
-  return MemoryRow(group, path, x.size, _array.count_bytes(x), name, exempt, update, loops or {})
+  return MemoryRow(group, path, x.size, _array.count_bytes(x), name, exempt, update, loops or {}, reason)
 
 
-def _state_rows(params: _plan.Params, state: Any) -> tuple[list[MemoryRow], int]:
+def _state_rows(
+  params: _plan.Params, state: Any, choices: dict[tuple[str, str], _field_formats.Choice]
+) -> tuple[list[MemoryRow], int]:
   """The rows of what belongs to parameters in an inner state, or any other; and the bytes of the rest."""
   entries, arrays, _ = _plan.entries_of(params, state)
   formats = {entry.field: x.format for entry, x in zip(entries, arrays, strict=True) if _array.is_quantized(x)}
@@ -145,7 +159,10 @@ def _state_rows(params: _plan.Params, state: Any) -> tuple[list[MemoryRow], int]
       continue  # A Python number takes nothing of the device.
     if entry.leaf is not None:
       path = params.paths[entry.leaf]
-      rows.append(_row(entry.field, path, x, formats.get(entry.field), _format.STATE_BLOCK_SIZE))
+      choice = choices.get((entry.field, path))
+      reason = choice.reason if choice and choice.format == _array.format_of(x) else None
+      usual = formats.get(entry.field)
+      rows.append(_row(entry.field, path, x, usual, _format.STATE_BLOCK_SIZE, reason=reason))
     elif entry.below is not None:
       # Factors of a second moment, say: statistics of a parameter, but not of each of its elements.
       rows.append(_row(entry.field, entry.below, x, None, _format.STATE_BLOCK_SIZE))
@@ -163,8 +180,8 @@ def memory_report(
     params: the parameters, quantized or dense; arrays or ShapeDtypeStructs (from `jax.eval_shape`).
     opt_state: the state of an optimizer of this package, alone or inside Optax's wrappers, or of any Optax optimizer.
     tx: the optimizer, one of this package, to find out as well how each parameter is updated: in tiles, or, where the
-      update is not elementwise, whole, so that its dense values exist at once; and which of the former take no kernel
-      on a GPU or TPU, and why.
+      update is not elementwise, whole, so that its dense values exist at once; which of the former take no kernel on
+      a GPU or TPU, and why; and why each field of its state is stored as it is.
     **extra_args: what the optimizer's update takes besides, such as the loss `value`; used with tx alone.
 
   Returns:
@@ -191,15 +208,18 @@ def memory_report(
     params/bias: float32, under 4096 elements
     mu/bias: float32, under 4096 elements
     nu/bias: float32, under 4096 elements
+  mu in int8: nothing that is done with it takes more
+  nu in uint8_sqrt: it never turns negative
   updated in tiles: 2 parameters, 1049600 elements
   """
   structure, leaves = _plan.flatten(_array.unwrap(params))
   formats = [leaf.format for leaf in leaves if _array.is_quantized(leaf)]
   updates: dict[str, str] = {}
+  choices: dict[tuple[str, str], _field_formats.Choice] = {}
   if tx is not None:
     if not isinstance(tx, _low_precision.InPlaceTransformation):
       raise TypeError(f'tx must be an lpmm_optax optimizer, got {tx!r}')
-    obstacles = _low_precision.obstacles_of(tx)(params, **extra_args)
+    obstacles, choices = _low_precision.explain(tx)(params, **extra_args)
     updates = {
       path: f'whole, for {obstacles[path]}' if path in obstacles else _IN_TILES
       for path in (structure.paths[i] for i in structure.active)
@@ -213,6 +233,6 @@ def memory_report(
     loops = _driver.without_kernel([leaf, *own]) if update == _IN_TILES else {}
     format = formats[0] if formats else None
     rows.append(_row('params', path, leaf, format, _format.PARAM_BLOCK_SIZE, update, loops))
-  state_rows, other = _state_rows(structure, state)
+  state_rows, other = _state_rows(structure, state, choices)
   parameters = sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
   return MemoryReport(tuple(rows + state_rows), parameters, other)

@@ -20,6 +20,7 @@ from lpmm_optax.optimizers._sgdm import sgdm
 from lpmm_optax.state import _report
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _format
+from lpmm_optax.storage import _targets
 from lpmm_optax.training import _step
 
 # (ours, Optax's) by name.
@@ -94,15 +95,15 @@ class SelfCheck:
 @contextlib.contextmanager
 def _using(driver: str) -> Iterator[None]:
   """While steps are traced within, kernels are allowed, or the loop alone."""
-  before = os.environ.get(_driver.VARIABLE)
-  os.environ[_driver.VARIABLE] = {'kernel': '1', 'loop': '0'}[driver]
+  before = os.environ.get(_targets.VARIABLE)
+  os.environ[_targets.VARIABLE] = {'kernel': '1', 'loop': '0'}[driver]
   try:
     yield
   finally:
     if before is None:
-      del os.environ[_driver.VARIABLE]
+      del os.environ[_targets.VARIABLE]
     else:
-      os.environ[_driver.VARIABLE] = before
+      os.environ[_targets.VARIABLE] = before
 
 
 def _compile(tx: Any, driver: str, device: jax.Device, *args: Any) -> Callable:

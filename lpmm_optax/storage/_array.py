@@ -9,6 +9,7 @@ from typing import Any
 from typing import ClassVar
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.storage import _codec
@@ -16,6 +17,7 @@ from lpmm_optax.storage import _format
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
 from lpmm_optax.storage import _refusal
+from lpmm_optax.storage import _targets
 from lpmm_optax.storage import _view
 from lpmm_optax.storage._format import Format
 
@@ -89,10 +91,12 @@ class QuantizedArray(metaclass=_refusal.Explained):
   def sharding(self) -> jax.sharding.Sharding:
     return self.codes.sharding
 
-  def dense(self, dtype: Any = None) -> jax.Array:
-    """The values, in `dtype` or that of the array."""
-    check('<array>', self)
-    return _cast(_mesh.follow(_decode, self.codes, self), self.dtype if dtype is None else dtype)
+  def dense(self, dtype: Any = None, path: str = '<root>') -> jax.Array:
+    """The values, in `dtype` or that of the array; messages call it by `path`."""
+    check(path, self)
+    platforms = _targets.chosen().get('tpu', ()) if _view.suits_products(self.shape, blocks_of(self)) else ()
+    decode = functools.partial(_decode, platforms)
+    return _cast(_mesh.follow(decode, self.codes, self), self.dtype if dtype is None else dtype)
 
   def explain(self, what: str) -> str:
     """A message for who uses it as an array."""
@@ -319,6 +323,16 @@ def encode(x: jax.Array, format: Format | None, dtype: Any = None, word: jax.Arr
   return _mesh.follow(lambda x, word: _encode(x, format=format, dtype=dtype, word=word), x, x, word)
 
 
+def encode_as(x: jax.Array, like: Any, word: jax.Array | None = None) -> Any:
+  """A dense array as another is stored, on its grid where that fits; `word` as for `encode`.
+
+  What was decoded from `like` gets its codes.
+  """
+  if is_quantized(like) and isinstance(like.codes, jax.Array):
+    return _mesh.follow(_encode_as, x, x, like, word)
+  return encode(x, format_of(like), like.dtype, word)
+
+
 def pick_format(path: str, leaf: Any, format: Format | None, where: Where | None, block_size: int) -> Format | None:
   """The format for one leaf: what `where` says, or `format` with its exemptions; the block size is filled in."""
   chosen: Any = ...
@@ -350,20 +364,41 @@ def _check_param_format(path: str, leaf: Any, format: Format) -> None:
 # Jitted, as is every computation on one leaf: called outside jit, one program per shape instead of one per operation.
 @functools.partial(jax.jit, static_argnames=('format', 'dtype'))
 def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
-  target = full(x, 0, format, dtype)
+  return _rounded(x, full(x, 0, format, dtype), word, is_fresh=True)
+
+
+@jax.jit
+def _encode_as(x: jax.Array, target: QuantizedArray, word: jax.Array | None) -> QuantizedArray:
+  return _rounded(x, target, word, is_fresh=False)
+
+
+def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fresh: bool) -> QuantizedArray:
+  """x in the place of what is stored in the target; or of nothing, if it is fresh."""
   codec: Any = whole_codec(target)
   view = codec_view(codec)
   bits = None
   if word is not None:
     bits = random_bits(target, word, view, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
-  rounded, _ = codec.finish(codec.encode(view.split(x.astype(jnp.float32)), bits))
+  value = view.split(x.astype(jnp.float32))
+  if is_fresh:
+    payload = codec.encode(value, bits, x.dtype)
+  else:
+    payload = codec.advance(stored(target), codec.snap(stored(target), value) if bits is None else value, bits)
+  rounded, _ = codec.finish(payload)
   return with_stored(target, rounded._replace(codes=view.merge(rounded.codes)))
 
 
-@jax.jit
-def _decode(x: QuantizedArray) -> jax.Array:
-  codec = whole_codec(x)
-  return codec_view(codec).merge(codec.decode(stored(x)))
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(platforms: tuple[str, ...], x: QuantizedArray) -> jax.Array:
+  """The values, float32; platforms: those that decode as a TPU does."""
+
+  def decode(make_view, x):
+    codec = codec_of(x, make_view(x.shape, blocks_of(x)))
+    return codec_view(codec).merge(codec.decode(stored(x)))
+
+  of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.products))
+  default = functools.partial(decode, _view.cells)
+  return lax.platform_dependent(x, default=default, **of_tpu) if of_tpu else default(x)
 
 
 def _cast(value: jax.Array, dtype: Any) -> jax.Array:
@@ -457,8 +492,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   def one(path, leaf):
     if is_quantized(leaf):
-      check(path_str(path), leaf)
-      return leaf.dense(dtype)
+      return leaf.dense(dtype, path_str(path))
     if dtype is not None and hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf.astype(dtype)
     return leaf

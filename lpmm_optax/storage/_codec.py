@@ -135,10 +135,13 @@ class LinearCodec:
     """The distance of neighbouring codes, which broadcasts against the cell view; of their roots for squares."""
     return self.blocks.spread(from_bfloat16_bits(stored.scales))
 
-  def encode(self, value: jax.Array, bits: jax.Array | None) -> Payload:
-    """Rounds values, float32 in view, to a fresh grid; see `advance` for the rest."""
+  def encode(self, value: jax.Array, bits: jax.Array | None, dtype: Any = jnp.float32) -> Payload:
+    """Rounds values, float32 in view, to a fresh grid; see `advance` for the rest.
+
+    What was encoded so, and decoded to `dtype`, gets the same grid again.
+    """
     value, absmax = self._storable(value)
-    return self._round(value, value, jnp.int32(0), fresh_scale(absmax, self.format.max_code), bits)
+    return self._round(value, value, jnp.int32(0), self._first_scale(value, absmax, jnp.finfo(dtype)), bits)
 
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
     """Rounds new values of what is stored already.
@@ -163,15 +166,55 @@ class LinearCodec:
     codes = self.blocks.view.split(old.codes)
     if delta is None:
       delta = value - codes.astype(jnp.float32) * self.blocks.spread(old_scale)
-    # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
-    limit = old_scale * np.float32(max_code)
-    is_tight = (absmax >= old_scale * np.float32(max_code * 7 // 8)) | (old_scale == np.float32(_MIN_SCALE))
-    kept = (absmax <= limit) & is_tight
+    kept = self._keeps(old_scale, absmax)
     scale = jnp.where(kept, old_scale, fresh_scale(absmax, max_code))
     # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
     kept = self.blocks.spread(kept)
     base = jnp.where(kept, codes.astype(jnp.int32) << fraction_bits, jnp.int32(0))
     return self._round(value, jnp.where(kept, delta, value), base, scale, bits)
+
+  def snap(self, old: Stored, value: jax.Array) -> jax.Array:
+    """New values as they are when rounded to nearest on the stored grid, in blocks that would keep it; in view.
+
+    A value that was decoded from that grid, then cast or multiplied by a factor and its reciprocal, is on it again.
+    """
+    scale = from_bfloat16_bits(old.scales)
+    root, _ = self._storable(value)
+    codes = lax.round(root * self.blocks.spread(reciprocal(scale)), lax.RoundingMethod.TO_NEAREST_EVEN)
+    if self.squares:
+      codes = jnp.where(root > 0, jnp.maximum(codes, 1), codes)
+    kept = self._keeps(scale, self.blocks.absmax(codes) * scale) & (scale > 0)
+    on_grid = codes * self.blocks.spread(scale)
+    return jnp.where(self.blocks.spread(kept), on_grid * on_grid if self.squares else on_grid, value)
+
+  def _keeps(self, scale: jax.Array, absmax: jax.Array) -> jax.Array:
+    """Whether blocks keep a stored scale, given their new absmax."""
+    # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
+    is_tight = (absmax >= scale * np.float32(self.format.max_code * 7 // 8)) | (scale == np.float32(_MIN_SCALE))
+    return (absmax <= scale * np.float32(self.format.max_code)) & is_tight
+
+  def _first_scale(self, value: jax.Array, absmax: jax.Array, precision: Any) -> jax.Array:
+    """`fresh_scale`, or the one near it on whose grid the values lie already, but for their own precision.
+
+    The largest code that a fresh scale leads to is the largest of all or, as scales are rounded up, a little less. Then
+    the smallest scale for what is decoded is another one, at most two below; or one above, if what is decoded is cast.
+    (Of four bits, stochastic rounding may leave a largest code that is one less, which is not looked for.)
+    """
+    fresh = fresh_scale(absmax, self.format.max_code)
+    steps = np.array([-1, 2, 1, 0], np.int32).reshape(-1, *(1,) * absmax.ndim) * np.int32(0x10000)
+
+    def choose(grid, scale):
+      scale_of_each = self.blocks.spread(scale)
+      codes = lax.round(value / scale_of_each, lax.RoundingMethod.TO_NEAREST_EVEN)
+      decoded = codes * scale_of_each
+      if precision.nmant < 23:
+        decoded = lax.reduce_precision(decoded, precision.nexp, precision.nmant)
+      is_on = (decoded == value) & (jnp.abs(codes) <= np.float32(self.format.max_code))
+      is_off = jnp.where(is_on, np.float32(0), np.float32(1))
+      is_found = (self.blocks.absmax(is_off) == 0) & (fresh > 0)
+      return jnp.where(is_found, jnp.maximum(scale, _MIN_SCALE), grid), None
+
+    return lax.scan(choose, fresh, _float_of(_signed_bits_of(fresh)[None] + steps))[0]
 
   def _storable(self, value: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The values on the grid's axis (their roots, for squares), and the absmax of each block of them.
@@ -226,8 +269,9 @@ class BFloat16Codec:
     power = _float_of(_bits_of(self.decode(stored)) & jnp.uint32(0x7F800000))
     return power * np.float32(2.0**-7)
 
-  def encode(self, value: jax.Array, bits: jax.Array | None) -> Payload:
+  def encode(self, value: jax.Array, bits: jax.Array | None, dtype: Any = jnp.float32) -> Payload:
     """Rounds values, float32 in view; the error is kept beside them."""
+    del dtype
     pattern = _bits_of(value)
     half_to_even = jnp.uint32(0x7FFF) + ((pattern >> 16) & jnp.uint32(1))
     dither = half_to_even if bits is None else bits >> 16
@@ -237,8 +281,13 @@ class BFloat16Codec:
     rounded = jnp.where(jnp.isnan(value), jnp.uint32(0x7FC0), rounded)
     return Payload(rounded.astype(jnp.uint16), value - _float_of(rounded << 16))
 
+  def snap(self, old: Stored, value: jax.Array) -> jax.Array:
+    """As they are: this grid does not move."""
+    del old
+    return value
+
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
-    """The same: this grid does not move."""
+    """The same as `encode`."""
     del old, delta
     return self.encode(value, bits)
 

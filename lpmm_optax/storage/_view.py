@@ -21,6 +21,7 @@ _SHORTEST_PART = 8
 
 # Of a TPU's vector.
 _LANES = 128
+_MOST_PRODUCTS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +219,40 @@ class Lanes(View):
   def _iota(self, count: int) -> jax.Array:
     """The number of each lane, int32, in the rows of a tile with so many."""
     return lax.broadcasted_iota(jnp.int32, (*self.shape[:-1], count), self._last)
+
+
+@dataclasses.dataclass(frozen=True)
+class Products(Lanes):
+  """*Product view*: lanes, for XLA on a TPU to decode whole arrays in.
+
+  There XLA writes what is spread along the last axis to memory, and turns it. A product with zeros and ones, for which
+  a TPU has a unit of its own, is fused with the decoding. Compiled for a v5e, codes in blocks of 64 take, of 16032 x
+  2048, 3.03 bytes and .017 estimated cycles per element and no memory, and in the cell view 19, .076 and 8 bytes; of
+  2048 x 128256, 3.03 bytes and .040 cycles, and 9, .060 and 3 bytes.
+  """
+
+  def spread(self, per_block: jax.Array, axis: int, size: int) -> jax.Array:
+    """The same, of scales: bfloat16 values, as float32, not negative, or NaN."""
+    if axis < self._last:
+      return super().spread(per_block, axis, size)
+    shape = (self.shape[axis] // size, self.shape[axis])
+    block, column = (lax.broadcasted_iota(jnp.int32, shape, d) for d in (0, 1))
+    is_inside = (block == column // size).astype(jnp.bfloat16)
+    # NaN times zero would poison other blocks.
+    numbers = jnp.where(jnp.isnan(per_block), np.float32(-1), per_block).astype(jnp.bfloat16)
+    spread = jnp.matmul(numbers, is_inside, preferred_element_type=jnp.float32)
+    return jnp.where(spread < 0, np.float32(np.nan), spread)
+
+
+def products(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Products:
+  """The product view of an array."""
+  del blocks
+  return Products(shape)
+
+
+def suits_products(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> bool:
+  """Whether the product view is good for an array: it takes as many products per element as a row has blocks."""
+  return all(shape[axis] // size <= _MOST_PRODUCTS for axis, size in blocks if axis == len(shape) - 1)
 
 
 def lanes(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Lanes:

@@ -1,10 +1,12 @@
 """The `formats` argument: how each field of an optimizer's state is stored."""
 
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
 from typing import Literal
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -40,19 +42,43 @@ def check(formats: Formats, fields: Sequence[str] | None = None) -> None:
       )
 
 
-def _same_for_all(format: Format, is_nonnegative: bool) -> Format:
+def _same_for_all(format: Format, is_nonnegative: bool, uses: Collection[_uses.Use]) -> Format:
   """One Format given for every field, on the grid that a field's values need."""
-  if not is_nonnegative or not format.signed or not format.has_scales:
+  if format.bits < 16:
+    if is_nonnegative and format.signed:
+      return dataclasses.replace(_format.UINT8_SQRT, block_size=format.block_size, rounding=format.rounding)
     return format
-  if format.bits > 8:
-    return dataclasses.replace(_format.BFLOAT16, rounding=format.rounding)
-  return dataclasses.replace(_format.UINT8_SQRT, block_size=format.block_size, rounding=format.rounding)
+  holds = lambda x: all(_uses.holds(x, use) for use in uses)
+  if is_nonnegative or not holds(format):
+    others = (dataclasses.replace(x, rounding=format.rounding) for x in (_format.BFLOAT16, _format.INT16))
+    return next((x for x in others if holds(x)), format)
+  return format
+
+
+class Choice(NamedTuple):
+  """How an entry of a state is stored.
+
+  Attributes:
+    format: or None for dense.
+    reason: what is done with the entry, as far as it decides; or that the caller chose; None for one that is too small
+      to be quantized.
+  """
+
+  format: Format | None
+  reason: str | None
 
 
 def choose(
-  formats: Formats, params: _plan.Params, leaves: list[Any], entries: Sequence[_plan.Entry], uses: _uses.Uses
-) -> dict[int, Format | None]:
-  """A Format or None for every entry of the inner state that belongs to a leaf.
+  formats: Formats, params: _plan.Params, leaves: list[Any], entries: Sequence[_plan.Entry], known: _uses.Uses
+) -> dict[int, Choice]:
+  """How every entry of the inner state that belongs to a leaf is stored.
+
+  Args:
+    formats: as users give it.
+    params: the parameters' structure.
+    leaves: the parameters.
+    entries: of the state.
+    known: of its uses.
 
   Raises:
     ValueError, TypeError: for a format that cannot hold its field, naming field and leaf.
@@ -60,29 +86,54 @@ def choose(
   owned = _plan.owned(entries)
   if owned:
     check(formats, list(dict.fromkeys(entries[e].field for e in owned)))
-  chosen = {}
-  for e, i in owned.items():
-    field, path = entries[e].field, f'{entries[e].field}/{params.paths[i]}'
-    default: Format | None = uses.default_format(e, _array.format_of(leaves[i]))
+
+  def one(e: int, uses: set[_uses.Use]) -> Choice:
+    leaf, path, field = leaves[owned[e]], params.paths[owned[e]], entries[e].field
+    param = _array.format_of(leaf)
+    usual = default = known.default_format(e, param, uses)
     where: _array.Where | None = None
     if formats is None or isinstance(formats, Format):
-      default = formats and _same_for_all(formats, e in uses.nonnegative)
+      default = formats and _same_for_all(formats, e in known.nonnegative, uses)
     elif isinstance(formats, Mapping) and field in formats:
       wanted = formats[field]
       if wanted is None or isinstance(wanted, Format):
         default = wanted
       else:
         where = wanted
-    format = _array.pick_format(params.paths[i], leaves[i], default, where, _format.STATE_BLOCK_SIZE)
+    pick = lambda default, where: _array.pick_format(path, leaf, default, where, _format.STATE_BLOCK_SIZE)
+    format = pick(default, where)
+    if format != pick(usual, None):
+      return Choice(format, 'chosen by the caller')
+    return Choice(format, None if format is None and usual else known.reason(e, param, uses))
+
+  chosen: dict[int, Format | None] = {}
+  while True:  # What is divided by a field follows it, and may be divided by itself.
+    uses = {e: known.uses_with(e, chosen) for e in owned}
+    choices = {e: one(e, uses[e]) for e in owned}
+    if chosen == (chosen := {e: choice.format for e, choice in choices.items()}):
+      break
+  for e, format in chosen.items():
     if format is not None:
-      if not format.signed and e not in uses.nonnegative:
-        raise ValueError(f'{path}: {format} stores nonnegative values only, and this field may turn negative')
-      if e in uses.nonnegative and field in uses.divided_by and format.grid == 'linear':
-        raise ValueError(
-          f'{path}: the update divides by this field, and a linear grid ({format}) stores its small values as zero; '
-          'use UINT8_SQRT or BFLOAT16'
-        )
-      if params.templates[i].dtype == jnp.float64:
-        raise TypeError(f'{path}: state of a float64 parameter cannot be kept in {format}; pass formats=None')
-    chosen[e] = format
-  return chosen
+      path = f'{entries[e].field}/{params.paths[owned[e]]}'
+      _check_field(path, format, e in known.nonnegative, uses[e], params.templates[owned[e]].dtype)
+  return choices
+
+
+def _check_field(path: str, format: Format, is_nonnegative: bool, uses: Collection[_uses.Use], dtype: Any) -> None:
+  """Raises a ValueError or TypeError if a field cannot be stored in a format."""
+  if not format.signed and not is_nonnegative:
+    raise ValueError(f'{path}: {format} stores nonnegative values only, and this field may turn negative')
+  broken = [use for use in uses if use.value.is_strict and not _uses.holds(format, use)]
+  if broken:
+    own = 'UINT8_SQRT' if is_nonnegative else 'INT8'
+    fit = [
+      name
+      for name in (own, 'INT16', 'BFLOAT16')
+      if all(_uses.holds(getattr(_format, name), use) for use in uses if use.value.is_strict)
+    ]
+    raise ValueError(
+      f'{path}: {format} cannot hold this field, for {"; ".join(use.value.text for use in broken)}: store it in '
+      f'{" or ".join([*fit, "None (dense)"])}'
+    )
+  if dtype == jnp.float64:
+    raise TypeError(f'{path}: state of a float64 parameter cannot be kept in {format}; pass formats=None')

@@ -6,6 +6,8 @@ the graph is cut into one elementwise program per leaf and the rest, the *outer*
 norms of gradients, and whole leaves where the update is not elementwise.
 """
 
+from collections.abc import Container
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
@@ -254,6 +256,15 @@ class Plan:
     for leaf in self.leaves.values():
       wanted += [*leaf.reads, *leaf.scalars]
     return list(dict.fromkeys(wanted))
+
+  def sources(self, wanted: Sequence[int], given: Container[int] = ()) -> set[int]:
+    """All values that some are computed from, themselves included, as far back as inputs and given values."""
+    return {*wanted, *(v for op in self.graph.slice(wanted, given.__contains__) for v in op.inputs)}
+
+  def gradients_of(self, values: Iterable[int]) -> set[int]:
+    """The leaves whose gradients are among some values."""
+    found = (self.inputs[value] for value in values if value in self.inputs)
+    return {leaf for what, leaf in found if what == 'gradient'}
 
 
 def plan_first_update(

@@ -28,13 +28,14 @@ from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
 
-_CALLS = {
-  'checkpoint': 'jaxpr',
+# By name of a primitive that calls a function once: which of its parameters is that.
+CALLS = {
   'closed_call': 'call_jaxpr',
   'core_call': 'call_jaxpr',
   'custom_jvp_call': 'call_jaxpr',
   'custom_vjp_call': 'call_jaxpr',
   'jit': 'jaxpr',
+  'remat2': 'jaxpr',
 }
 
 # Their result at an index depends on their operands at that index alone, and their parameters name no shape.
@@ -260,16 +261,19 @@ def bind_elementwise(primitive: jex.Primitive, params: Mapping[str, Any], operan
   by_scalar = primitive is lax.div_p and np.ndim(operands[0]) and not np.ndim(operands[1])
   if by_scalar and jnp.issubdtype(operands[0].dtype, jnp.floating):
     return lax.mul(operands[0], jnp.broadcast_to(1 / operands[1], np.shape(operands[0])))
-  shape = jnp.broadcast_shapes(*(np.shape(x) for x in operands))
-  return primitive.bind(*(jnp.broadcast_to(x, shape) for x in operands), **params)
+  shapes = {np.shape(x) for x in operands}
+  if len(shapes) > 1:  # Where there is nothing to do, jnp takes its time to see that.
+    shape = jnp.broadcast_shapes(*shapes)
+    operands = [jnp.broadcast_to(x, shape) for x in operands]
+  return primitive.bind(*operands, **params)
 
 
 def _is_cheap(jaxpr: Any) -> bool:
   """Whether a branch can as well be computed and then thrown away, which makes it elementwise where its parts are."""
   inner: list[Any] = []
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name in _CALLS:
-      inner.append(eqn.params[_CALLS[eqn.primitive.name]])
+    if eqn.primitive.name in CALLS:
+      inner.append(eqn.params[CALLS[eqn.primitive.name]])
     elif eqn.primitive is lax.cond_p:
       inner += eqn.params['branches']
     elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | REDUCTIONS:
@@ -310,8 +314,8 @@ def trace(fn: Callable, *args: Any) -> tuple[Graph, Any]:
         outputs = [new(var.aval) for var in eqn.outvars]
         for value, *alternatives in zip(outputs, *cases, strict=True):
           ops.append(Op(lax.select_n_p, {}, (index, *alternatives), (value,)))
-      elif eqn.primitive.name in _CALLS:
-        inner = eqn.params[_CALLS[eqn.primitive.name]]
+      elif eqn.primitive.name in CALLS:
+        inner = eqn.params[CALLS[eqn.primitive.name]]
         open_jaxpr, inner_consts = (inner.jaxpr, inner.consts) if isinstance(inner, jex.ClosedJaxpr) else (inner, ())
         outputs = inline(open_jaxpr, inner_consts, inputs)
       else:

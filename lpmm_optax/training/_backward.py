@@ -1,206 +1,265 @@
-"""`value_and_step`: accumulation in the backward pass, where neither gradients nor weights exist as a dense tree.
+"""`value_and_step`: a loss and the optimizer's step in one, whose gradients never exist as a tree.
 
-The loss gets its parameters still quantized, as `TrackedArray`s. Dequantizing one is a function with a rule of its own
-for differentiation: the cotangent that arrives is a layer's gradient, and is added to its accumulator, which lies in a
-`jax.Ref`, there and then. What is differentiated are zeros beside the codes, the *anchor*, on which such a function
-depends; so where the loss stops the gradient of a parameter, nothing is added.
+The loss gets its quantized parameters as they are, tracked (`_tracking`). In the backward pass each layer's gradient
+goes where it is due at once: into the accumulator or the momentum of a `MultiSteps`, or, with an optimizer alone, into
+the update of the layer.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _update
+from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
-from lpmm_optax.storage import _random
 from lpmm_optax.trace import _plan
-from lpmm_optax.trace import _program
 from lpmm_optax.training import _multi_steps
+from lpmm_optax.training import _reads
 from lpmm_optax.training import _step
+from lpmm_optax.training import _tracking
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sink:
-  """Where the gradient of one parameter goes; compared by identity, so that it may be a pytree's static part.
+class _Loss:
+  """A loss of given parameters.
 
   Attributes:
-    path: of the parameter.
-    accumulation: the static part.
-    block_axis: along which the blocks of the target run; None if it has none.
-    dynamic: what a differentiation rule may not close over: the target with a `jax.Ref` in place of each array, one to
-      the uses so far of every row, int32, the weight of a gradient, the random word, and a zero at run time.
+    fun: `params -> loss` or `(loss, aux)`.
+    has_aux: which of the two.
+    structure: of the parameters.
+    leaves: the parameters.
   """
 
-  path: str
-  accumulation: _update.LeafUpdate
-  block_axis: int | None
-  dynamic: dict[str, Any]
+  fun: Callable[[Any], Any]
+  has_aux: bool
+  structure: _plan.Params
+  leaves: list[Any]
 
-  def check(self, shape: tuple[int, ...]) -> None:
-    """Raises a ValueError unless an array of this shape can be a slice that leading axes index."""
-    whole = self.accumulation.shape
-    axes = len(whole) - len(shape)
-    if axes < 0 or whole[axes:] != shape:
-      raise ValueError(
-        f'{self.path}: a parameter of shape {whole} is used in a slice of shape {shape}, but value_and_step adds to '
-        'slices along leading axes only (jax.tree.map(lambda x: x[i], p), or lax.scan over them); dequantize it first, '
-        'and slice the result'
-      )
-    if self.block_axis is not None and self.block_axis < axes:
-      raise ValueError(
-        f'{self.path}: blocks of what accumulates for it run along axis {self.block_axis} of {whole}, which a slice of '
-        f'shape {shape} cuts; give that a Format with block_size={whole[-1]}, for blocks along the last axis'
-      )
+  def reads(self, tracked: Sequence[int]) -> dict[int, list[bool]]:
+    """Per place where a quantized leaf is dequantized, whether that is all of it, and each element once.
 
-  def add(self, dynamic: dict[str, Any], rows: jax.Array, gradient: jax.Array) -> None:
-    """Adds the gradient of a slice, `rows` being the numbers of its rows in the whole parameter."""
-    shape = self.accumulation.shape
-    axes = len(shape) - gradient.ndim
-    first = rows.reshape(-1)[0]
-    # A slice along another axis may have the shape of one along a leading axis, but not its rows.
-    is_slice = jnp.all(rows.reshape(-1) == first + lax.iota(jnp.int32, rows.size)) & (first % rows.size == 0)
-    weight = jnp.where(is_slice, jnp.ones(()) if dynamic['weight'] is None else dynamic['weight'], jnp.nan)
-    number = first // rows.size
-    start: list[jax.Array] = []
-    for n in reversed(shape[:axes]):
-      start.insert(0, number % n)
-      number = number // n
-    whole = jax.tree.map(lambda ref: ref[...], dynamic['target'])
-    target = jax.tree.map(lambda x: _slice(x, start), whole)
-    # Every use is rounded by itself: with the same bits, errors of many uses would add up.
-    uses = dynamic['uses'][...]
-    use = jnp.max(_slice(uses, start))
-    dynamic['uses'][...] = _with_slice(uses, jnp.full(shape[axes:-1], use + 1), start)
-    new = _update.follow(
-      _update.accumulate_leaf,
-      self.accumulation,
-      target.codes,
-      _gradient.Gradient(target, gradient, weight),
-      _random.of_use(dynamic['word'], use),
-      dynamic['zero'],
-      start,
+    Raises:
+      TypeError, ValueError: for anything but that and slices along leading axes, naming the leaf.
+    """
+    paths = self.structure.paths
+    sinks = {i: _tracking.Sink(paths[i], self.leaves[i].shape) for i in tracked}
+    arrays = {i: _tracking.track(self.leaves[i], sink) for i, sink in sinks.items()}
+    dense = self._dense(tracked)
+    owners = [paths[i] for i in arrays for _ in jax.tree.leaves(arrays[i])]
+    found = _reads.find(jax.make_jaxpr(lambda arrays: self._call(dense | arrays))(arrays).jaxpr, owners)
+    return {i: found.get(paths[i], []) for i in tracked}
+
+  def differentiate(
+    self, sinks: Mapping[int, _tracking.Sink], quantized: Sequence[int]
+  ) -> tuple[Any, dict[int, jax.Array]]:
+    """What `fun` returns, and the gradients of the leaves that are not among those seen as quantized ones."""
+    tracked = {i: _tracking.track(self.leaves[i], sink) for i, sink in sinks.items()}
+
+    def call(anchors, dense):
+      return self._call(dense | {i: dataclasses.replace(x, anchor=anchors[i]) for i, x in tracked.items()})
+
+    anchors = {i: x.anchor for i, x in tracked.items()}
+    value, (_, gradients) = jax.value_and_grad(call, argnums=(0, 1), has_aux=self.has_aux)(
+      anchors, self._dense(quantized)
+    )
+    return value, gradients
+
+  def _call(self, instead: Mapping[int, Any]) -> Any:
+    return self.fun(self.structure.treedef.unflatten([instead.get(i, leaf) for i, leaf in enumerate(self.leaves)]))
+
+  def _dense(self, quantized: Sequence[int]) -> dict[int, jax.Array]:
+    return {i: _array.dequantize(self.leaves[i]) for i in self.structure.active if i not in quantized}
+
+
+def _refs(tree: Any) -> Any:
+  return jax.tree.map(jax.new_ref, tree)
+
+
+def _frozen(tree: Any) -> Any:
+  return jax.tree.map(jax.freeze, tree)
+
+
+def _no_uses(leaf: Any) -> Any:
+  return jax.new_ref(jnp.zeros(leaf.shape[:-1], jnp.int32))
+
+
+def _accumulate(
+  microbatches: _multi_steps.Microbatches, extra_args: Callable[[Any], dict[str, Any]], loss: _Loss, opt_state: Any
+) -> tuple[Any, Any, Any]:
+  """`value_and_step` of a `MultiSteps`: gradients go into its accumulator or its momentum."""
+  structure, leaves = loss.structure, loss.leaves
+  targets = microbatches.targets(structure, opt_state)
+  steps = microbatches.leaf_steps(structure, opt_state)
+  tracked = [i for i in structure.active if _array.is_quantized(leaves[i]) and _array.is_quantized(targets[i])]
+  loss.reads(tracked)
+  places, sinks = {}, {}
+  for i in tracked:
+    weight = microbatches.gradient(opt_state, targets[i], None).weight
+    places[i] = _tracking.Place(steps[i], [_refs(targets[i])], weight, _no_uses(leaves[i]))
+    sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, places[i])
+  value, gradients = loss.differentiate(sinks, tracked)
+  targets |= {i: _frozen(place.slots[0]) for i, place in places.items()}
+  state = microbatches.with_targets(structure, opt_state, targets)
+  state = microbatches.with_targets(structure, state, microbatches.accumulate(structure, state, gradients))
+
+  summed = microbatches.summed(structure, state, {})
+  last = microbatches.is_last(opt_state)
+  state = state._replace(mini_step=jnp.where(last, state.mini_step, optax.safe_increment(state.mini_step)))
+  advance = functools.partial(_step.step, microbatches.tx, summed, **extra_args(value))
+  params = structure.treedef.unflatten(leaves)
+  return value, *microbatches.take_step(advance, params, last, state)
+
+
+def _move(optimizer: _low_precision.LowPrecision, loss: _Loss, opt_state: Any) -> tuple[Any, Any, Any]:
+  """`value_and_step` of an optimizer without a `MultiSteps`: each layer moves when its gradient comes.
+
+  What is dequantized at several places, or in slices that may overlap, accumulates its gradient first, in float32.
+  """
+  structure, leaves = loss.structure, loss.leaves
+  planned = optimizer.planned(structure, leaves, opt_state, {})
+  plan = planned.plan
+  reads = loss.reads([i for i in structure.active if _array.is_quantized(leaves[i])])
+  moved = [i for i, whole in reads.items() if whole == [True]]
+  reductions = _check_layerwise(planned, moved)
+  scalars = [v for i in moved for v in plan.leaves[i].scalars]
+  scalars += [v for reduction in reductions.values() for v in reduction.scalars]
+  before = planned.outer(scalars, {}, with_effects=False)
+
+  places, sinks = {}, {}
+  for i, whole in reads.items():
+    if i in moved:
+      own = {v: reduction for v, reduction in reductions.items() if reduction.leaf == i}
+      places[i] = _tracking.Place(
+        planned.leaf(i, before, in_place=True),
+        _refs([leaves[i], *planned.fields(i)]),
+        scalars={v: [before[scalar] for scalar in reduction.scalars] for v, reduction in own.items()},
+        totals=_refs({v: _update.neutral(r.name, plan.graph.avals[v].dtype) for v, r in own.items()}),
+      )
+      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, places[i], True, own)
+    elif whole:
+      static = _update.LeafUpdate(None, leaves[i].shape, planned.tile_size, optimizer.shard_axes)
+      step = _low_precision.LeafStep(structure.paths[i], static, planned.words[i][:1], planned.zero)
+      total = _array.full(leaves[i], 0, None, structure.templates[i].dtype)
+      places[i] = _tracking.Place(step, [_refs(total)], uses=_no_uses(leaves[i]))
+      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, places[i])
+  value, dense = loss.differentiate(sinks, list(reads))
+
+  gradients = {i: _gradient.Gradient(recent=gradient) for i, gradient in dense.items()}
+  new: dict[int, Any] = {}
+  reduced: dict[int, jax.Array] = {}
+  for i in reads:
+    if i not in sinks or not sinks[i].was_reached:
+      gradients[i] = _gradient.Gradient()  # Zero: the loss does not depend on it.
+    elif i in moved:
+      target, *fields = _frozen(places[i].slots)
+      new[i] = target, fields
+      reduced |= _frozen(places[i].totals)
+    else:
+      gradients[i] = _gradient.Gradient(recent=_frozen(places[i].slots[0]))
+  rest = [i for i in plan.leaves if i not in new]
+  after = planned.outer(_outer_of(plan, rest), gradients, reduced, with_effects=True)
+  for i in rest:
+    new[i] = planned.leaf(i, after, in_place=True).run(gradients[i], leaves[i], planned.fields(i))
+  return value, *planned.finish(new, after, leaves)
+
+
+def _outer_of(plan: _plan.Plan, leaves: Sequence[int]) -> list[int]:
+  """The outer values that some leaves and the state that belongs to none need."""
+  return [*plan.shared.values(), *(v for i in leaves for v in (*plan.leaves[i].reads, *plan.leaves[i].scalars))]
+
+
+def _check_layerwise(planned: _low_precision.PlannedStep, moved: Sequence[int]) -> dict[int, _plan.Reduction]:
+  """The reductions of gradients of leaves that move in the backward pass, which what is left after it needs.
+
+  Raises:
+    ValueError: if any of them, or what is left, needs a whole gradient, naming the leaf.
+  """
+  plan, paths = planned.plan, planned.structure.paths
+
+  def refuse(i, what):
+    raise ValueError(
+      f'{paths[i]}: {what}, which never exists where value_and_step moves one layer after the other. Wrap the '
+      'optimizer, lpmm_optax.MultiSteps(tx, 1), to accumulate gradients first; or clip each element, optax.clip, or by '
+      'the norm of the step before, lpmm_optax.clip_by_previous_norm'
     )
 
-    def write(ref, x, slice_of_x):
-      ref[...] = _with_slice(x, slice_of_x, start)
-
-    jax.tree.map(write, dynamic['target'], whole, new)
-
-
-# A `jax.Ref` could be indexed itself, but not on an explicit mesh. Compiled, it is the same: a Ref is an array again by
-# then, and updated in place.
-def _slice(x: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
-  for index in start:
-    x = lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
-  return x
-
-
-def _with_slice(x: jax.Array, new: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
-  indices = [*start, *[jnp.int32(0)] * new.ndim]
-  return lax.dynamic_update_slice(x, new.reshape((1,) * len(start) + new.shape), indices)
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
-class TrackedArray(_array.QuantizedArray):
-  """A parameter, or a slice of one, whose gradient goes into a `Sink`.
-
-  Attributes:
-    rows: int32, of the array's shape without its last axis: the numbers of its rows in the whole parameter.
-    anchor: float32, of the same shape.
-    sink: static.
-  """
-
-  rows: jax.Array
-  anchor: jax.Array
-  sink: Sink
-
-  def tree_flatten(self) -> tuple[Any, Any]:
-    children, static = super().tree_flatten()
-    return (*children, self.rows, self.anchor), (*static, self.sink)
-
-  def tree_flatten_with_keys(self) -> tuple[Any, Any]:
-    children, static = super().tree_flatten_with_keys()
-    own = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in ('rows', 'anchor')]
-    return (*children, *own), (*static, self.sink)
-
-  @classmethod
-  def tree_unflatten(cls, static: Any, children: Any) -> 'TrackedArray':
-    (codes, scales, rows, anchor), (format, dtype, blocks, sink) = children, static
-    return cls(codes, scales, format, dtype, blocks, rows, anchor, sink)
-
-  def dense(self, dtype: Any = None) -> jax.Array:
-    """The values; their cotangent is added to the sink."""
-    sink = self.sink
-    sink.check(self.shape)
-    stored = _array.QuantizedArray(self.codes, self.scales, self.format, self.dtype, self.blocks)
-
-    @jax.custom_vjp
-    def read(anchor, dynamic, stored, rows):
-      del anchor, dynamic, rows
-      return stored.dense(dtype)
-
-    def forward(anchor, dynamic, stored, rows):
-      return stored.dense(dtype), (anchor, dynamic, rows)
-
-    def backward(saved, cotangent):
-      anchor, dynamic, rows = saved
-      sink.add(dynamic, rows, cotangent)
-      return jnp.zeros_like(anchor), None, None, None
-
-    read.defvjp(forward, backward)
-    return read(self.anchor, sink.dynamic, stored, self.rows)
-
-
-def _track(leaf: _array.QuantizedArray, anchor: jax.Array, sink: Sink) -> TrackedArray:
-  outer = leaf.shape[:-1]
-  rows = lax.iota(jnp.int32, math.prod(outer)).reshape(outer)
-  return TrackedArray(leaf.codes, leaf.scales, leaf.format, leaf.dtype, leaf.blocks, rows, anchor, sink)
+  for i in moved:
+    leaf = plan.leaves[i]
+    if leaf.obstacle or leaf.reads:
+      refuse(i, f'its update is not elementwise ({leaf.obstacle}): it needs its whole gradient')
+    others = plan.gradients_of(plan.sources(leaf.scalars))
+    if others:
+      refuse(i, f'its update needs the whole gradient of {_array.name_some([paths[j] for j in sorted(others)])}')
+  reductions = {
+    value: reduction
+    for value, reduction in plan.reductions.items()
+    if reduction.leaf in moved and not plan.gradients_of(plan.sources(reduction.scalars))
+  }
+  rest = _outer_of(plan, [i for i in plan.leaves if i not in moved])
+  sources = plan.sources([*rest, *plan.graph.effects], reductions)
+  for i in sorted(plan.gradients_of(sources) & set(moved)):
+    refuse(i, 'the state of the optimizer, or another parameter, needs its whole gradient')
+  return {value: reduction for value, reduction in reductions.items() if value in sources}
 
 
 def value_and_step(
-  fun: Callable[..., Any], tx: _multi_steps.MultiSteps, has_aux: bool = False
+  fun: Callable[..., Any],
+  tx: _low_precision.InPlaceTransformation,
+  has_aux: bool = False,
+  *,
+  extra_args: Callable[..., dict[str, Any]] | None = None,
 ) -> Callable[..., tuple[Any, Any, Any]]:
   """`jax.value_and_grad` and the optimizer's step in one, so that no gradient outlives the layer it belongs to.
 
   Where ``jax.value_and_grad(fun)(params, *args)`` gives a value and gradients, this gives the value, and parameters and
   optimizer state after the microbatch. `fun` gets the quantized parameters as they are, and calls `dequantize` on each
   where it is used: in the body of the scan over layers, in the layer's function, or, in Flax, through
-  ``nn.map_variables(Layer, 'params', lpmm_optax.dequantize)``. In the backward pass each layer's gradient is added to
-  the accumulator or the momentum at once, so no tree of gradients exists. Nor does one of dense weights, if layers
-  dequantize theirs inside of `jax.checkpoint`, which decodes them again; else they are kept for the backward pass, as
-  activations are.
+  ``nn.map_variables(Layer, 'params', lpmm_optax.dequantize)``. No tree of gradients exists. Nor does one of dense
+  weights, if layers dequantize theirs inside of `jax.checkpoint`, which decodes them again; else they are kept for the
+  backward pass, as activations are.
 
-  A parameter may be used any number of times (tied embeddings), under `jax.checkpoint`, in `lax.scan` and its like, and
-  sliced along leading axes (``jax.tree.map(lambda x: x[i], p)``). It may not be used under `jax.vmap`, nor, if it is
-  quantized, under `lax.cond`. Leaves that are dense, or whose accumulator is dense, are differentiated as usual.
+  With a `MultiSteps`, each layer's gradient is added to the accumulator or the momentum as soon as it is there. The
+  result is that of `tx.step` but for one rounding: the last microbatch's gradient is added to the accumulator too,
+  before the update. Clipping that `tx` does to accumulated gradients (``MultiSteps(chain(clip, adamw), k)``) is exact.
+  What needs all of one microbatch's gradient at once, a skip function or clipping with `INTO_MOMENTUM`, there cannot
+  be.
 
-  The result is that of `tx.step` but for one rounding: the last microbatch's gradient is added to the accumulator too,
-  before the update. Clipping that `tx` does to accumulated gradients (`MultiSteps(chain(clip, adamw))`) is exact. What
-  needs all of one microbatch's gradient at once, a skip function or clipping with `INTO_MOMENTUM`, there cannot be.
+  With any other optimizer, each layer moves as soon as its gradient is there, so there is no accumulator: the model
+  memory is that of parameters and state alone. The result is that of `tx.step`. The update must be elementwise and need
+  nothing of the gradient of other layers: no `optax.clip_by_global_norm`, but `clip_by_previous_norm`. A parameter that
+  is dequantized at several places (tied embeddings), or in slices that a Python loop takes, accumulates its gradient
+  first, in float32.
+
+  A quantized parameter may be dequantized any number of times, under `jax.checkpoint`, in `lax.scan`, and sliced along
+  leading axes (``jax.tree.map(lambda x: x[i], p)``). Nothing else may be done with it: no arithmetic, no transposition,
+  no `lax.cond` or `lax.while_loop`, no `jax.vmap` over it. Leaves that are dense, or whose accumulator is dense, are
+  differentiated as usual. `fun` is traced twice.
 
   Args:
     fun: `(params, *args, **kwargs) -> loss` or, with has_aux, `(loss, aux)`; it must be differentiable in reverse mode.
-    tx: a `MultiSteps`, of one microbatch or more.
+    tx: a `MultiSteps`, of one microbatch or more, or an optimizer or `chain` of this package.
     has_aux: whether fun returns a pair.
+    extra_args: `(value, *args, **kwargs) -> dict`, what the optimizer of a `MultiSteps` gets besides gradients, state
+      and parameters; value is the loss of the last microbatch. None is ``{'value': value}``.
 
   Returns:
     `(params, opt_state, *args, **kwargs) -> (value, params, opt_state)`, to be jitted with params and opt_state
     donated; value is what fun returns.
 
   Raises:
-    TypeError: if tx is no `MultiSteps`.
-    ValueError: if it has a skip function; and where fun is traced, for a parameter used in a slice that cannot be added
-      to, naming it.
+    TypeError: if tx is neither; and where fun is traced, for a quantized parameter with which anything else is done,
+      naming it.
+    ValueError: if tx is a `MultiSteps` with a skip function, or anything else with extra_args; and where fun is traced,
+      for a parameter used in a slice that cannot be added to, or, without a `MultiSteps`, for one whose update needs
+      more than its layer's gradient, naming it.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> def loss_fn(params, x):
@@ -221,60 +280,34 @@ def value_and_step(
   0.10
   0.10
   """
-  if not isinstance(tx, _multi_steps.MultiSteps):
+  optimizer = _low_precision.optimizer_of(tx)
+  if not isinstance(tx, _multi_steps.MultiSteps) and optimizer is None:
     raise TypeError(
-      f'value_and_step accumulates, so it takes an lpmm_optax.MultiSteps, got {type(tx).__name__}; what precedes the '
-      'optimizer goes inside, MultiSteps(chain(clip, adamw), k)'
+      f'value_and_step takes an optimizer of lpmm_optax, a chain that ends in one, or lpmm_optax.MultiSteps, got '
+      f'{type(tx).__name__}; wrap what is none, MultiSteps(tx, 1)'
     )
-  microbatches = tx.microbatches
-  if microbatches.should_skip is not None:
+  if isinstance(tx, _multi_steps.MultiSteps) and tx.microbatches.should_skip is not None:
     raise ValueError(
       'value_and_step cannot skip a microbatch: should_skip_update_fn must see all of its gradient, which never exists '
       'at once; use jax.value_and_grad and lpmm_optax.step'
     )
+  if extra_args is not None and optimizer is not None:
+    raise ValueError(
+      'value_and_step updates parameters before the loss is known to the optimizer, which so gets no extra arguments; '
+      'wrap it, lpmm_optax.MultiSteps(tx, 1)'
+    )
 
   def wrapped(params, opt_state, *args, **kwargs):
-    microbatches.check(opt_state, params)
     structure, leaves = _plan.flatten(params)
-    targets = microbatches.targets(structure, opt_state)
-    words = microbatches.words(structure, opt_state)
-    zero = _program.runtime_zero(_program.hidden(opt_state.mini_step))
-    tracked = [i for i in structure.active if _array.is_quantized(leaves[i]) and _array.is_quantized(targets[i])]
-    refs = {i: jax.tree.map(jax.new_ref, targets[i]) for i in tracked}
-    uses = {i: jax.new_ref(jnp.zeros(leaves[i].shape[:-1], jnp.int32)) for i in tracked}
-    dense = {i: _array.dequantize(leaves[i]) for i in structure.active if i not in refs}
+    loss = _Loss(lambda params: fun(params, *args, **kwargs), has_aux, structure, leaves)
+    if optimizer is not None:
+      return _move(optimizer, loss, opt_state)
 
-    def with_sinks(anchors):
-      out = {}
-      for i in tracked:
-        blocks = _array.blocks_of(targets[i])
-        dynamic = {
-          'target': refs[i],
-          'uses': uses[i],
-          'weight': microbatches.gradient(opt_state, targets[i], None).weight,
-          'word': words[i],
-          'zero': zero,
-        }
-        accumulation = microbatches.accumulation(structure, i)
-        block_axis = blocks[0][0] if blocks else None
-        out[i] = _track(leaves[i], anchors[i], Sink(structure.paths[i], accumulation, block_axis, dynamic))
-      return out
+    def extra(value):
+      value = value[0] if has_aux else value
+      return {'value': value} if extra_args is None else extra_args(value, *args, **kwargs)
 
-    def loss(anchors, dense):
-      seen = dict(enumerate(leaves)) | dense | with_sinks(anchors)
-      return fun(structure.treedef.unflatten([seen[i] for i in range(len(leaves))]), *args, **kwargs)
-
-    anchors = {i: jnp.zeros(leaves[i].shape[:-1], jnp.float32) for i in tracked}
-    value, (_, gradients) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=has_aux)(anchors, dense)
-    targets |= {i: jax.tree.map(jax.freeze, ref) for i, ref in refs.items()}
-    state = microbatches.with_targets(structure, opt_state, targets)
-    state = microbatches.with_targets(structure, state, microbatches.accumulate(structure, state, gradients))
-
-    gradients = microbatches.summed(structure, state, {})
-    last = microbatches.is_last(opt_state)
-    state = state._replace(mini_step=jnp.where(last, state.mini_step, optax.safe_increment(state.mini_step)))
-    advance = functools.partial(_step.step, microbatches.tx, gradients)
-    params, state = microbatches.take_step(advance, params, last, state)
-    return value, params, state
+    tx.microbatches.check(opt_state, params)
+    return _accumulate(tx.microbatches, extra, loss, opt_state)
 
   return wrapped

@@ -172,33 +172,28 @@ class Microbatches:
       weight = rate if weight is None else weight * rate
     return _gradient.Gradient(target, recent, weight)
 
-  def words(self, structure: _plan.Params, state: MultiStepsState) -> dict[int, jax.Array]:
-    """The random words of this microbatch, by leaf."""
+  def leaf_steps(self, structure: _plan.Params, state: MultiStepsState) -> dict[int, _low_precision.LeafStep]:
+    """The update of each leaf's target by this microbatch's gradient."""
     keys = [structure.keys[i] for i in structure.active]
     words = _random.words(state.key, _random.Domain.ACCUMULATE, (state.gradient_step, state.mini_step), keys, 1)
-    return dict(zip(structure.active, words[:, 0], strict=True))
-
-  def accumulation(self, structure: _plan.Params, i: int) -> _update.LeafUpdate:
-    """The static part of a leaf's accumulation."""
-    shapes = [template.shape for template in structure.templates.values()]
-    size = self.tile_size or _tiles.default_tile_size(sum(map(math.prod, shapes)), 1)
-    return _update.LeafUpdate(None, structure.templates[i].shape, size, self.shard_axes)
+    zero = _program.runtime_zero(_program.hidden(state.mini_step))
+    shapes = {i: structure.templates[i].shape for i in structure.active}
+    size = self.tile_size or _tiles.default_tile_size(sum(map(math.prod, shapes.values())), 1)
+    return {
+      i: _low_precision.LeafStep(
+        structure.paths[i], _update.LeafUpdate(None, shapes[i], size, self.shard_axes), leaf_words, zero
+      )
+      for i, leaf_words in zip(structure.active, words, strict=True)
+    }
 
   def accumulate(
     self, structure: _plan.Params, state: MultiStepsState, gradients: Mapping[int, jax.Array]
   ) -> dict[int, Any]:
     """The targets of all leaves, after the dense gradients of some have been added."""
-    targets, words = self.targets(structure, state), self.words(structure, state)
-    zero = _program.runtime_zero(_program.hidden(state.mini_step))
+    targets, steps = self.targets(structure, state), self.leaf_steps(structure, state)
     for i, recent in gradients.items():
-      targets[i] = _update.follow(
-        _update.accumulate_leaf,
-        self.accumulation(structure, i),
-        _array.stored(targets[i]).codes,
-        self.gradient(state, targets[i], recent),
-        words[i],
-        zero,
-      )
+      gradient = dataclasses.replace(self.gradient(state, targets[i], recent), accumulated=None)
+      targets[i], _ = steps[i].run(gradient, targets[i], [])
     return targets
 
   def summed(self, structure: _plan.Params, state: MultiStepsState, recent: Mapping[int, jax.Array]) -> Any:
@@ -393,8 +388,8 @@ class MultiSteps(_low_precision.InPlaceTransformation):
       tile_size=tile_size,
       shard_axes=_mesh.axis_names(shard_axes),
     )
-    obstacles = _low_precision.obstacles_of(inner)
-    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, obstacles=obstacles)
+    explain = _low_precision.explain(inner)
+    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, explain=explain)
     self.microbatches = microbatches
     return self
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from collections.abc import Hashable
 from collections.abc import Mapping
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -143,14 +145,12 @@ def partition(
     advance = lambda tx, *args: _step.step(tx, *args, **extra_args)
     return by_group(advance, params, gradients, params, state)
 
-  def obstacles(params, **extra_args):
+  def explain(params, **extra_args):
     labels = _labels(param_labels, set(txs), params)
-    found: dict[str, str] = {}
-    for label, tx in txs.items():
-      found |= _low_precision.obstacles_of(tx)(select(labels, label, params), **extra_args)
-    return found
+    own = [_low_precision.explain(tx)(select(labels, label, params), **extra_args) for label, tx in txs.items()]
+    return _low_precision.Explanation(*(functools.reduce(operator.or_, parts, {}) for parts in zip(*own, strict=True)))
 
-  return _low_precision.InPlaceTransformation(init, update, step, obstacles=obstacles)
+  return _low_precision.InPlaceTransformation(init, update, step, explain=explain)
 
 
 def masked(

@@ -87,8 +87,8 @@ def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransform
     params, last_state = txs[-1].step(gradients, params, state[-1], **extra_args)
     return params, (*new_states, last_state)
 
-  update, obstacles = optax.with_extra_args_support(chained).update, _low_precision.obstacles_of(txs[-1])
-  return _low_precision.InPlaceTransformation(chained.init, update, chained_step, obstacles=obstacles)
+  update, explain = optax.with_extra_args_support(chained).update, _low_precision.explain(txs[-1])
+  return _low_precision.InPlaceTransformation(chained.init, update, chained_step, explain=explain)
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
@@ -150,4 +150,4 @@ def apply_if_finite(
     return guard(gradients, params, state, advance, lambda params: params)
 
   init = optax.apply_if_finite(inner, max_consecutive_errors).init
-  return _low_precision.InPlaceTransformation(init, update, in_place, obstacles=_low_precision.obstacles_of(inner))
+  return _low_precision.InPlaceTransformation(init, update, in_place, explain=_low_precision.explain(inner))

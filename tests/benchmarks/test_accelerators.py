@@ -121,6 +121,19 @@ def test_an_array_that_is_also_read_whole_counts_whole(hlo):
   assert hlo.count(text).bytes - hlo.count(PROGRAM.replace('WHILE', LOOP)).bytes == 4 * (FLOATS - FLOATS // 4)
 
 
+def test_operations_between_devices_are_counted(hlo):
+  text = """
+ENTRY %main (codes: s8[64,256]) -> s8[128,256] {
+  %codes = s8[64,256]{1,0} parameter(0)
+  %started = (s8[64,256]{1,0}, s8[128,256]{1,0}) all-gather-start(%codes), dimensions={0}
+  %gathered = s8[128,256]{1,0} all-gather-done(%started)
+  ROOT %summed = s8[128,256]{1,0} all-reduce(%gathered), to_apply=%sum
+}
+"""
+  counts = hlo.count(text)
+  assert (counts.collectives, counts.collective_bytes) == (2, 4 * CODES)
+
+
 def test_a_fusion_may_end_in_an_operation_with_several_results(hlo):
   pair = '(f32[64]{0}, s32[64]{0})'
   text = f"""
@@ -155,7 +168,15 @@ def test_arrays_have_the_bytes_of_their_layout(hlo, type, size):
 
 def row(target, model, method, **fields):
   zero = dict.fromkeys(('bytes_moved', 'floor_bytes', 'copied_bytes', 'temporary_bytes', 'peak_bytes'), 0)
-  counts = {'kernels': 8, 'large_kernels': 8, 'leaves': 8, 'loops': 0, 'unknown_loops': 0, 'conditionals': 0}
+  counts = {
+    'kernels': 8,
+    'large_kernels': 8,
+    'leaves': 8,
+    'loops': 0,
+    'unknown_loops': 0,
+    'conditionals': 0,
+    'collectives': 0,
+  }
   times = {'lower_seconds': 1, 'compile_seconds': 1, 'estimated_cycles': 0, 'parameters': 100}
   return {'target': target, 'model': model, 'method': method, 'versions': {}} | zero | counts | times | fields
 

@@ -16,10 +16,9 @@ def test_the_switch_is_an_environment_variable(monkeypatch):
   for backend, platform in [('gpu', 'cuda'), ('tpu', 'tpu')]:
     monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
     assert platforms() == [platform]
-  monkeypatch.setenv('LPMM_KERNEL', '0')
-  assert platforms() == []
-  monkeypatch.setenv('LPMM_KERNEL', '1')
-  assert platforms() == ['cuda', 'tpu']
+  for value, expected in {'0': [], '1': ['cuda', 'tpu'], 'cuda': ['cuda'], 'tpu': ['tpu']}.items():
+    monkeypatch.setenv('LPMM_KERNEL', value)
+    assert platforms() == expected
   monkeypatch.setenv('LPMM_KERNEL', 'yes')
-  with pytest.raises(ValueError, match="LPMM_KERNEL='yes' must be '0', '1', 'interpret' or 'interpret_tpu'"):
+  with pytest.raises(ValueError, match="LPMM_KERNEL='yes' must be one of 0, 1, cuda, tpu, interpret, interpret_tpu"):
     _driver.chosen()

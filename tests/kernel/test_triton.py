@@ -17,7 +17,9 @@ INTERPRETED = 'interpret'
 
 CASES = [
   ('adamw', lpmm.INT8, (509, 64), 'update'),
+  ('sgdm', lpmm.INT4, (509, 64), 'step'),
   *slow(
+    ('sgdm without feedback', lpmm.INT4, (3, 3, 64, 64), 'update'),
     ('sgdm', lpmm.INT8, (256, 1024), 'step'),
     ('sgdm', lpmm.INT8, (509, 64), 'step'),
     ('sgdm', lpmm.BFLOAT16, (3, 3, 64, 64), 'update'),
@@ -92,7 +94,8 @@ def test_lots_cover_the_array_with_tiles_of_powers_of_two(size, tile, lots):
 def test_what_the_kernel_cannot_do_has_a_reason():
   reason = lambda shape, format: _triton.why_not([lpmm.quantize(jnp.ones(shape), format, where=lambda *_: format)])
   assert reason((64, 128), lpmm.INT8) is None
-  assert reason((64, 128), lpmm.INT4) == 'arrays of int4'
+  assert reason((64, 128), lpmm.INT4) is None
+  assert reason((63, 1), lpmm.Format(bits=4, block_size=1)) == 'an odd number of 4-bit codes'
   assert reason((64, 100), lpmm.INT8) == 'blocks of 50, no power of two'
   assert reason((64, 3), lpmm.BFLOAT16) is None
   assert reason((128, 3), lpmm.INT8) == 'blocks along another axis than the last'

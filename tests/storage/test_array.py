@@ -53,7 +53,12 @@ def test_formats_are_static_values():
   [
     ((512, 512), 64, (-1, 64)),
     ((512, 10), 64, (-2, 64)),  # The last axis is too short.
-    ((3, 3, 64, 48), 64, (-1, 48)),  # The largest divisor of 48 that is not above 64.
+    ((3, 3, 64, 48), 64, (-1, 48)),  # The largest divisor of 48 that is not above 64,
+    ((2048, 1000), 64, (-1, 50)),  # and of 1000, whose largest power of two is 8,
+    ((64, 96), 48, (-1, 48)),  # and if just that was asked for;
+    ((64, 96), 64, (-1, 32)),  # else a power of two, from 32 on,
+    ((96, 160), 128, (-1, 32)),  # which does not choose the axis.
+    ((256, 96), 128, (-1, 32)),
     ((50257, 768), 128, (-1, 128)),
     ((768, 50257), 64, (-2, 64)),  # 50257 = 29 * 1733.
     ((3, 3, 16, 16), 64, (-1, 16)),
@@ -154,6 +159,19 @@ def test_zero_blocks_have_scale_zero_and_decode_to_zero():
   q = lpmm.quantize(x, lpmm.INT8)
   assert np.all(np.asarray(q.scales)[:, 1] == 0)
   assert np.all(np.asarray(lpmm.dequantize(q))[:, 64:] == 0)
+
+
+@pytest.mark.parametrize(
+  ('format', 'shape'), [(lpmm.INT8, (3, 64, 192)), (lpmm.INT4, (128, 10)), (lpmm.INT16, (96,))], ids=str
+)
+def test_a_tpu_decodes_to_the_same_bits(monkeypatch, format, shape):
+  x = lpmm.quantize(jnp.abs(normal(shape)).at[0].set(np.nan), format, where=forced(format))
+  monkeypatch.setenv('LPMM_KERNEL', '0')
+  expected = np.asarray(lpmm.dequantize(x))
+  assert np.isnan(expected).any()
+  monkeypatch.setenv('LPMM_KERNEL', 'interpret_tpu')
+  assert 'dot_general' in str(jax.make_jaxpr(lpmm.dequantize)(x)) or x.blocks.axis != -1
+  np.testing.assert_array_equal(np.asarray(lpmm.dequantize(x)).view(np.uint32), expected.view(np.uint32))
 
 
 @pytest.mark.parametrize('format', [*LINEAR, lpmm.BFLOAT16], ids=str)
