@@ -111,7 +111,7 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
   def _replace(self, **fields):
     """With another `init` it keeps its in-place step; with another `update` it is a transformation without one."""
     replaced = optax.GradientTransformationExtraArgs(self.init, self.update)._replace(**fields)
-    return replaced if 'update' in fields else _restore(type(self), *replaced, vars(self))
+    return replaced if 'update' in fields else _restore(type(self), replaced.init, replaced.update, vars(self))
 
   def __reduce__(self):
     """For cloudpickle and its like: `__new__` takes other arguments than a tuple's."""
