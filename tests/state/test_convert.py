@@ -103,7 +103,7 @@ def test_a_run_in_float32_goes_on_in_low_precision_and_back(name):
   assert distance(back, params, start) < 0.2
 
 
-@pytest.mark.parametrize('name', [*QUICK, *slow(*(name for name in PAIRS if name not in QUICK))])
+@pytest.mark.parametrize('name', ['into momentum', *slow(*(name for name in PAIRS if name != 'into momentum'))])
 def test_export_and_import_change_nothing(name):
   reference, tx, factors = PAIRS[name]
   like = lpmm.quantize(DENSE, lpmm.INT8)

@@ -92,7 +92,7 @@ def test_any_tree_is_stored_to_within_a_grid_step(tree, format, key, force):
 
 
 # Few shapes, since each is compiled for.
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(
   x=arrays(st.just((8, 128)), st.sampled_from([jnp.float32, jnp.bfloat16])),
   format=st.sampled_from([lpmm.INT8, lpmm.INT8, lpmm.INT4, lpmm.INT16]),
