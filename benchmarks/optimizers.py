@@ -8,7 +8,7 @@ in one step one gradient in every block is 10^5 times too large; and `low-rank`,
 and the loss sees all others as well. Optimizers are found by name and keep their own defaults. A learning rate that has
 none is the best of four in float32, for each task. The loss is relative to that at the start, in the mean over the last
 tenth of the steps, for `spike` over all steps after it. Each has its state in the default formats of `low_precision`,
-with parameters in 8 bits ("default") and in float32 ("state alone").
+with parameters in 8 bits ("default") and in float32 ("state alone"); "feedback" is that of this package's own.
 """
 
 import argparse
@@ -45,8 +45,10 @@ RATES = (1.0, 1e-1, 1e-2, 1e-3)
 METHODS: dict[str, tuple[lpmm.Format | None, bool]] = {
   'float32': (None, False),
   'default': (lpmm.INT8, True),
+  'feedback': (lpmm.INT8, True),
   'state alone': (None, True),
 }
+WITH_FEEDBACK = {'adam': lpmm.adam, 'adamw': lpmm.adamw}
 LOSES = 1.1
 
 
@@ -132,7 +134,7 @@ def needs_rate(make: Callable[..., Any]) -> bool:
 
 
 def run(
-  make: Callable[..., optax.GradientTransformation],
+  name: str,
   task: Task,
   method: str,
   seed: int,
@@ -146,8 +148,11 @@ def run(
   first = int(task.first * steps)
 
   def train(*rate):
-    inner = optax.with_extra_args_support(make(*rate))
-    tx: Any = lpmm.low_precision(inner) if is_ours else inner
+    if method == 'feedback':
+      tx: Any = WITH_FEEDBACK[name](*rate)
+    else:
+      inner = optax.with_extra_args_support(optimizers()[name](*rate))
+      tx = lpmm.low_precision(inner) if is_ours else inner
 
     def body(i, carry):
       params, state, total = carry
@@ -177,12 +182,13 @@ def measure(file: Path, names: list[str], seeds: int, steps: int) -> None:
   for seed, (name, make), task, method in itertools.product(range(seeds), optimizers().items(), TASKS, METHODS):
     key = (name, task, seed, method, steps)
     first = done.get((name, task, 0, 'float32', steps), {})
-    if key in done or 'error' in first or (names and name not in names):
+    is_wanted = (not names or name in names) and (method != 'feedback' or name in WITH_FEEDBACK)
+    if key in done or 'error' in first or not is_wanted:
       continue
     rates = [first['learning_rate']] if first else list(RATES)
     result = dict(zip(('optimizer', 'task', 'seed', 'method', 'steps'), key, strict=True))
     try:
-      losses = run(make, make_task(task, seed), method, seed, steps, rates if needs_rate(make) else [])
+      losses = run(name, make_task(task, seed), method, seed, steps, rates if needs_rate(make) else [])
       result['loss'] = min(losses, key=lambda loss: loss if math.isfinite(loss) else math.inf)
       result['learning_rate'] = rates[losses.index(result['loss'])] if needs_rate(make) else None
     except Exception as error:
