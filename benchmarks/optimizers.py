@@ -232,10 +232,9 @@ def table(runs: list[dict[str, Any]]) -> Iterator[str]:
     ratios = [ratio(runs, name, *column) for column in columns]
     if any(x is not None for x in ratios):
       yield f'| `{name}` | ' + ' | '.join(map(cell, ratios)) + f' | {len({r["seed"] for r in own})} |'
-  yield ''
-  yield f'Of {len({r["optimizer"] for r in runs})} optimizers, these could not be run as the others are:'
-  yield ''
-  yield from (f'* `{name}`: {error}' for name, error in failed.items())
+  if failed:
+    yield from ('', 'These could not be run as the others are:', '')
+    yield from (f'* `{name}`: {error}' for name, error in failed.items())
 
 
 def main(argv: list[str] | None = None) -> None:
