@@ -117,6 +117,19 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     """For cloudpickle and its like: `__new__` takes other arguments than a tuple's."""
     return _restore, (type(self), self.init, self.update, vars(self))
 
+  def __init_subclass__(cls):
+    """So is it where one is an argument of `equinox.filter_jit`, which takes it apart as a pytree."""
+    _register(cls)
+
+
+def _register(cls: type) -> None:
+  flatten = lambda tx: ((tx.init, tx.update), tuple(vars(tx).items()))
+  unflatten = lambda attributes, functions: _restore(cls, functions[0], functions[1], dict(attributes))
+  jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+_register(InPlaceTransformation)
+
 
 def _restore(cls, init, update, attributes):
   self = optax.GradientTransformationExtraArgs.__new__(cls, init, update)
