@@ -540,7 +540,7 @@ class LowPrecision:
     new = {
       i: planned.leaf(i, outer, in_place).run(by_leaf[i], leaves[i], planned.fields(i)) for i in planned.plan.leaves
     }
-    rest = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
+    rest = [leaf if in_place else jax.tree.map(jnp.zeros_like, leaf) for leaf in leaves]
     return planned.finish(new, outer, rest)
 
 

@@ -57,7 +57,7 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
     parts = spec_structure.flatten_up_to(numbered)
   except (ValueError, TypeError, KeyError) as error:
     raise ValueError(
-      f'specs must have a PartitionSpec, or NamedSharding, per parameter or subtree of them: {error}'
+      f'specs must have a PartitionSpec per parameter, or per subtree of them, or NamedShardings: {error}'
     ) from error
   spec_of = {
     i: spec
