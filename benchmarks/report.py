@@ -1,9 +1,8 @@
-"""Tables and plots of the runs that `benchmarks/accuracy.py` has made: docs/results.md, its figures, and the summaries in
-README.md and docs/accuracy.md.
+"""Tables and plots of the runs that `benchmarks/accuracy.py` has made: docs/results.md, its figures, and summaries.
 
   python benchmarks/report.py
 
-Nothing is in them that the file does not hold.
+The summaries are in README.md and docs/accuracy.md. Nothing is in any that the file does not hold.
 """
 
 import argparse
