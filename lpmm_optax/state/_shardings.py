@@ -85,7 +85,7 @@ def _of_param(path: str, shape: tuple[int, ...], spec: Any, mesh: Any) -> NamedS
       raise ValueError(f'{path}: {spec} is on another mesh than {mesh}')
     spec = spec.spec
   if not isinstance(spec, PartitionSpec):
-    raise ValueError(f'{path}: expected a PartitionSpec or a NamedSharding, got {spec!r}')
+    raise ValueError(f'{path}: expected a PartitionSpec, got {spec!r}')
   if len(spec) > len(shape):
     raise ValueError(f'{path}: {spec} has more axes than the parameter, of shape {shape}')
   sharding = NamedSharding(mesh, spec)
