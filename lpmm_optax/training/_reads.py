@@ -65,9 +65,9 @@ def _through_scan(eqn: Any, arrays: Sequence[_Array | None], found: dict[str, li
     for array, var, outer in zip(arrays, inner.invars, eqn.invars, strict=True)
   ]
   out = _walk(inner, turns, found)
-  carried = next((array for array in out[: eqn.params['num_carry']] if array), None)
-  if carried:
-    raise _refused(carried.path, 'the carry of lax.scan')
+  for array, var, outer in zip(out, inner.outvars, eqn.outvars, strict=True):
+    if array and var.aval.ndim == outer.aval.ndim:  # Carried from turn to turn, and not the same in each.
+      raise _refused(array.path, 'the results of lax.scan')
   return [array and array._replace(is_stacked=True) for array in out]
 
 
