@@ -1,11 +1,12 @@
-"""Tables and plots of the runs that `benchmarks/accuracy.py` has made: docs/results.md, its figures, README's summary.
+"""Tables and plots of the runs that `benchmarks/accuracy.py` has made: docs/results.md, its figures, and summaries.
 
   python benchmarks/report.py
 
-Nothing is in them that the file does not hold.
+The summaries are in README.md and docs/accuracy.md. Nothing is in any that the file does not hold.
 """
 
 import argparse
+from collections.abc import Iterable
 from collections.abc import Iterator
 import json
 import math
@@ -39,7 +40,7 @@ METRICS = {
   'chars-finetune': ('validation loss, nats', 4),
   'stories': ('validation loss, nats', 4),
 }
-# Rows of the summary in README.md, and the comments between which it stands.
+# Rows and tasks of the summaries in docs/accuracy.md and in README.md, and the comments between which they stand.
 SUMMARY = (
   'sgdm-fp32-velocity',
   'sgdm-8',
@@ -52,6 +53,16 @@ SUMMARY = (
   'lion-fp32',
   'lion-8',
 )
+SHORT_SUMMARY = (
+  'adamw-fp32',
+  'adamw-8',
+  'adamw-flash',
+  'sgdm-fp32-velocity',
+  'sgdm-8',
+  'sgdm-bf16-nearest',
+  'sgdm-8-nearest',
+)
+SHORT_SUMMARY_TASKS = ('chars', 'chars-finetune')
 BEGIN, END = '<!-- Begin: made by benchmarks/report.py -->', '<!-- End -->'
 INTRODUCTION = """# Results
 
@@ -216,15 +227,15 @@ def table(found: Group) -> Iterator[str]:
     yield '| ' + ' | '.join(cells) + ' |'
 
 
-def summary(groups: list[Group]) -> Iterator[str]:
-  """Of all tasks, one microbatch, in Markdown: the float32 methods' means, and the others' differences to them.
+def summary(groups: list[Group], methods: Iterable[str], tasks: Iterable[str]) -> Iterator[str]:
+  """One microbatch, in Markdown: the float32 methods' means, and the others' differences to them.
 
   The bytes are those of the task that needs most.
   """
-  bases = [found for task in TITLES if (found := base_of(groups, task)) is not None]
+  bases = [found for task in tasks if (found := base_of(groups, task)) is not None]
   yield '| method | bytes/param | ' + ' | '.join(f'{found.task}: {METRICS[found.task][0]}' for found in bases) + ' |'
   yield '|' + '---|' * (2 + len(bases))
-  for name in SUMMARY:
+  for name in methods:
     rows = [found.rows.get((name, 1)) for found in bases]
     known = [row for row in rows if row is not None]
     if not known:
@@ -402,6 +413,7 @@ def main(argv: list[str] | None = None) -> None:
   add = parser.add_argument
   add('--results', type=Path, default=accuracy.DEFAULT_RESULTS, metavar='FILE', help='(default %(default)s)')
   add('--output', type=Path, default=Path('docs/results.md'), metavar='FILE', help='(default %(default)s)')
+  add('--summary', type=Path, default=Path('docs/accuracy.md'), metavar='FILE', help='(default %(default)s)')
   add('--readme', type=Path, default=Path('README.md'), metavar='FILE', help='(default %(default)s)')
   args = parser.parse_args(argv)
   groups, folder = group(accuracy.read(args.results)), args.output.parent / 'figures'
@@ -419,8 +431,10 @@ def main(argv: list[str] | None = None) -> None:
   made = {name: plot_ablation(groups, ablation, folder / f'{name}.png') for name, ablation in ABLATIONS.items()}
   ablations = {name: file for name, file in made.items() if file is not None}
   args.output.write_text(document(groups, args.results, figures, ablations))
-  args.readme.write_text(with_lines(args.readme.read_text(), BEGIN, END, summary(groups)))
-  print(args.output, args.readme)
+  summaries = ((args.summary, SUMMARY, TITLES), (args.readme, SHORT_SUMMARY, SHORT_SUMMARY_TASKS))
+  for file, methods, tasks in summaries:
+    file.write_text(with_lines(file.read_text(), BEGIN, END, summary(groups, methods, tasks)))
+  print(args.output, args.summary, args.readme)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Low-precision AdamW without Flax, in place: the model is a pytree, as in Equinox.
+"""Low-precision AdamW in plain JAX, in place: the model is a pytree, and both trees are donated.
 
 python examples/minimal_plain.py
 """

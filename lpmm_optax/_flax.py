@@ -39,4 +39,8 @@ serialization.register_serialization_state(QuantizedArray, _to_state_dict, _from
 nnx.register_data_type(QuantizedArray)
 # `nnx.Optimizer` takes its state apart at every step; a pytree inside a Variable comes back as a dict, while one of
 # Variables comes back as it was. So the state is built without the parameters' Variables, and nnx puts its own inside.
-register_wrapper(nnx.Variable, lambda variable: variable.get_raw_value())
+register_wrapper(
+  nnx.Variable,
+  content=lambda variable: variable.get_raw_value(),
+  is_parameter=lambda variable: isinstance(variable, nnx.Param),
+)

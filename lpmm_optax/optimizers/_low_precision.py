@@ -117,6 +117,19 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     """For cloudpickle and its like: `__new__` takes other arguments than a tuple's."""
     return _restore, (type(self), self.init, self.update, vars(self))
 
+  def __init_subclass__(cls):
+    """So is it where one is an argument of `equinox.filter_jit`, which takes it apart as a pytree."""
+    _register(cls)
+
+
+def _register(cls: type) -> None:
+  flatten = lambda tx: ((tx.init, tx.update), tuple(vars(tx).items()))
+  unflatten = lambda attributes, functions: _restore(cls, functions[0], functions[1], dict(attributes))
+  jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+
+
+_register(InPlaceTransformation)
+
 
 def _restore(cls, init, update, attributes):
   self = optax.GradientTransformationExtraArgs.__new__(cls, init, update)
@@ -527,7 +540,7 @@ class LowPrecision:
     new = {
       i: planned.leaf(i, outer, in_place).run(by_leaf[i], leaves[i], planned.fields(i)) for i in planned.plan.leaves
     }
-    rest = [leaf if in_place else jnp.zeros_like(leaf) for leaf in leaves]
+    rest = [leaf if in_place else jax.tree.map(jnp.zeros_like, leaf) for leaf in leaves]
     return planned.finish(new, outer, rest)
 
 

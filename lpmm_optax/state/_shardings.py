@@ -13,7 +13,7 @@ from lpmm_optax.trace import _plan
 
 
 def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.AbstractMesh) -> Any:
-  """The shardings of a tree of optimizer state, or of parameters, from the PartitionSpecs of the parameters.
+  """The shardings of a tree of optimizer state, or of parameters, from those of the parameters.
 
   State arrays of a parameter's shape (momentum, moments, accumulators) are sharded as it is, everything else is on
   every device. Block scales are sharded as their codes are, except along an axis that they cannot split evenly, along
@@ -21,17 +21,18 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
 
   Args:
     tree: what is wanted the shardings of: parameters, a state of this package's optimizers or of Optax's, or a
-      container of both, such as (params, opt_state); of concrete or abstract arrays.
-    params: the parameters, quantized or not, concrete or abstract.
-    specs: a PartitionSpec per parameter (one for a quantized one), or per subtree of parameters.
-    mesh: the mesh.
+      container of both, such as (params, opt_state) or a Flax TrainState; of concrete or abstract arrays.
+    params: the parameters, quantized or not, concrete or abstract, in Flax's boxes (`nn.Partitioned`) or without.
+    specs: a PartitionSpec or a NamedSharding per parameter (one for a quantized one), or per subtree of parameters, as
+      `flax.linen.get_partition_spec` and `flax.linen.get_sharding` give them.
+    mesh: the mesh, also that of every NamedSharding.
 
   Returns:
     A tree like `tree`, with a NamedSharding for every array: for `jax.device_put`, ``out_shardings`` of `jax.jit`, or
     abstract arrays into which a checkpoint is restored.
 
   Raises:
-    ValueError: if specs do not fit the parameters, or a spec its parameter, naming it.
+    ValueError: if specs do not fit the parameters, or a spec its parameter or the mesh, naming it.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> from jax.sharding import PartitionSpec as P
@@ -47,13 +48,17 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
   P('data', None)
   """
   structure, leaves = _plan.flatten(_array.unwrap(params))
-  is_spec = lambda x: isinstance(x, PartitionSpec)
+  # What maps over the arrays of quantized parameters gives specs for their codes, which are the parameters'.
+  specs = jax.tree.map(lambda x: x.codes if _array.is_quantized(x) else x, specs, is_leaf=_array.is_quantized)
+  is_spec = lambda x: isinstance(x, PartitionSpec | NamedSharding)
   numbered = structure.treedef.unflatten(range(len(leaves)))
   spec_structure: Any = jax.tree.structure(specs, is_leaf=is_spec)
   try:
     parts = spec_structure.flatten_up_to(numbered)
   except (ValueError, TypeError, KeyError) as error:
-    raise ValueError(f'specs must have a PartitionSpec per parameter, or per subtree of them: {error}') from error
+    raise ValueError(
+      f'specs must have a PartitionSpec per parameter, or per subtree of them, or NamedShardings: {error}'
+    ) from error
   spec_of = {
     i: spec
     for spec, part in zip(jax.tree.leaves(specs, is_leaf=is_spec), parts, strict=True)
@@ -75,6 +80,10 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
 
 
 def _of_param(path: str, shape: tuple[int, ...], spec: Any, mesh: Any) -> NamedSharding:
+  if isinstance(spec, NamedSharding):
+    if spec.mesh != mesh:
+      raise ValueError(f'{path}: {spec} is on another mesh than {mesh}')
+    spec = spec.spec
   if not isinstance(spec, PartitionSpec):
     raise ValueError(f'{path}: expected a PartitionSpec, got {spec!r}')
   if len(spec) > len(shape):

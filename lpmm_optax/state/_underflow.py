@@ -18,9 +18,9 @@ class Underflow(NamedTuple):
   """Of one leaf's update u, on a grid whose step at each element is delta.
 
   Attributes:
-    below_half: the share of the elements with u != 0 in which |u| < delta / 2, float32[].
+    below_half: the share of the elements with u != 0 in which ``|u| < delta / 2``, float32[].
     rms_steps: the root mean square of u / delta, float32[]; blocks of zeros, which have no delta, count as 0.
-    lost: the share of sum |u| in those elements, which rounding to nearest would lose, float32[].
+    lost: the share of the sum of ``|u|`` in those elements, which rounding to nearest would lose, float32[].
   """
 
   below_half: jax.Array

@@ -117,23 +117,65 @@ class QuantizedArray(metaclass=_refusal.Explained):
 _refusal.refuse_array_operations(QuantizedArray, _refusal.ATTRIBUTES)
 
 
-_WRAPPERS: dict[type, Callable[[Any], Any]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Wrapper:
+  """A framework's mutable object around an array, such as `flax.nnx.Variable`.
+
+  Attributes:
+    content: gives what it holds.
+    is_parameter: whether it is what gradients are taken of.
+  """
+
+  content: Callable[[Any], Any]
+  is_parameter: Callable[[Any], bool]
 
 
-def register_wrapper(wrapper: type, content: Callable[[Any], Any]) -> None:
-  """Makes `unwrap` replace every node of a pytree of type `wrapper` by its content."""
-  _WRAPPERS[wrapper] = content
+_WRAPPERS: dict[type, _Wrapper] = {}
+
+
+def register_wrapper(wrapper: type, content: Callable[[Any], Any], is_parameter: Callable[[Any], bool]) -> None:
+  """Makes `unwrap`, `quantize` and `dequantize` know a type of wrapper, which is itself a node of pytrees."""
+  _WRAPPERS[wrapper] = _Wrapper(content, is_parameter)
+
+
+def _wrapper_of(x: Any) -> _Wrapper | None:
+  return next((wrapper for kind, wrapper in _WRAPPERS.items() if isinstance(x, kind)), None)
 
 
 def unwrap(tree: Any) -> Any:
   """The tree without framework objects that wrap single arrays, such as `flax.nnx.Variable`."""
-  is_wrapper = lambda x: isinstance(x, tuple(_WRAPPERS))
 
   def content(x):
-    found = next((get for wrapper, get in _WRAPPERS.items() if isinstance(x, wrapper)), None)
-    return x if found is None else found(x)
+    wrapper = _wrapper_of(x)
+    return x if wrapper is None else wrapper.content(x)
 
-  return jax.tree.map(content, tree, is_leaf=is_wrapper)
+  return jax.tree.map(content, tree, is_leaf=lambda x: _wrapper_of(x) is not None)
+
+
+def _map_leaves(one: Callable[[Any, Any], Any], tree: Any, *, shares_state: bool) -> Any:
+  """`one(path, leaf)` of every leaf, where a wrapper that stands in several places stays one.
+
+  Args:
+    one: of a key path and a leaf, quantized or not.
+    tree: a pytree.
+    shares_state: whether wrappers of what is neither a parameter nor quantized (statistics, counters) stay the tree's
+      own, so that who changes them changes them there.
+  """
+  made: dict[int, Any] = {}
+
+  def at(path, x):
+    wrapper = _wrapper_of(x)
+    if wrapper is None:
+      return one(path, x)
+    if shares_state and not wrapper.is_parameter(x) and not is_quantized(wrapper.content(x)):
+      return x
+    if id(x) not in made:
+      below = lambda inner, leaf: one((*path, *inner), leaf)
+      made[id(x)] = jax.tree_util.tree_map_with_path(below, x, is_leaf=is_quantized)
+    return made[id(x)]
+
+  is_leaf = lambda x: is_quantized(x) or _wrapper_of(x) is not None
+  return jax.tree_util.tree_map_with_path(at, tree, is_leaf=is_leaf)
 
 
 def is_quantized(leaf: Any) -> bool:
@@ -443,23 +485,23 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   if not (where is None or callable(where) or isinstance(where, list | tuple)):
     raise TypeError(f'where must be a list of (regex, Format or None), or a function of path and leaf, got {where!r}')
   format = format.with_block_size(_format.PARAM_BLOCK_SIZE)
-  leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)
-  paths = [path_str(path) for path, _ in leaves]
+  words: dict[Any, jax.Array] = {}
   if key is not None:
-    keys = [path for path, _ in leaves]
-    words = _random.words(_random.raw_key(key), _random.Domain.QUANTIZE, [], keys, 1)[:, 0]
+    keys = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantized)[0]]
+    drawn = _random.words(_random.raw_key(key), _random.Domain.QUANTIZE, [], keys, 1)[:, 0]
+    words = dict(zip(keys, drawn, strict=True))
 
-  def one(i: int, path: str, leaf: Any) -> Any:
+  def one(path: Any, leaf: Any) -> Any:
     if is_quantized(leaf) or not hasattr(leaf, 'dtype'):
       return leaf
-    chosen = pick_format(path, leaf, format, where, _format.PARAM_BLOCK_SIZE)
+    name = path_str(path)
+    chosen = pick_format(name, leaf, format, where, _format.PARAM_BLOCK_SIZE)
     if chosen is None:
       return leaf
-    _check_param_format(path, leaf, chosen)
-    return encode(jnp.asarray(leaf), chosen, word=None if key is None else words[i])
+    _check_param_format(name, leaf, chosen)
+    return encode(jnp.asarray(leaf), chosen, word=words.get(path))
 
-  out = [one(i, path, leaf) for i, (path, (_, leaf)) in enumerate(zip(paths, leaves, strict=True))]
-  return jax.tree.unflatten(treedef, out)
+  return _map_leaves(one, tree, shares_state=False)
 
 
 def codec_view(codec: _codec.Codec) -> _view.View:
@@ -471,12 +513,13 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
   """The dense values of a tree; leaves that are not quantized are passed through.
 
   Args:
-    tree: an array or a pytree.
+    tree: an array or a pytree; also a Flax nnx Module, or a State of Variables.
     dtype: a floating-point dtype for every floating-point leaf, dense ones included, as the model computes in one
       dtype; None keeps each leaf's own (a quantized leaf's is that of the array it was made from).
 
   Returns:
-    The tree with arrays of the original shapes.
+    The tree with arrays of the original shapes. A Module is a new one with parameters of its own, and shares all else
+    with the one it was made of: statistics of BatchNorm and keys of Dropout advance in both.
 
   Raises:
     TypeError: for a quantized leaf that arithmetic made of the tree has turned into floats, naming it.
@@ -497,7 +540,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
       return leaf.astype(dtype)
     return leaf
 
-  return jax.tree_util.tree_map_with_path(one, tree, is_leaf=is_quantized)
+  return _map_leaves(one, tree, shares_state=True)
 
 
 def format_of(leaf: Any) -> Format | None:

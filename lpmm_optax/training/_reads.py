@@ -25,10 +25,12 @@ class _Array(NamedTuple):
   Attributes:
     path: of the parameter.
     is_whole: whether, over all turns of the loops around, it has every element of the whole parameter once.
+    is_stacked: whether it is a result of a scan, which `flax.nnx.scan` returns of all that a layer has; not to be used.
   """
 
   path: str
   is_whole: bool
+  is_stacked: bool = False
 
 
 def _refused(path: str, name: str) -> TypeError:
@@ -63,10 +65,10 @@ def _through_scan(eqn: Any, arrays: Sequence[_Array | None], found: dict[str, li
     for array, var, outer in zip(arrays, inner.invars, eqn.invars, strict=True)
   ]
   out = _walk(inner, turns, found)
-  escaped = next((array for array in out if array), None)
-  if escaped:
-    raise _refused(escaped.path, 'the results of lax.scan')
-  return out
+  for array, var, outer in zip(out, inner.outvars, eqn.outvars, strict=True):
+    if array and var.aval.ndim == outer.aval.ndim:  # Carried from turn to turn, and not the same in each.
+      raise _refused(array.path, 'the results of lax.scan')
+  return [array and array._replace(is_stacked=True) for array in out]
 
 
 def _walk(jaxpr: Any, arrays: Sequence[_Array | None], found: dict[str, list[bool]]) -> list[_Array | None]:
@@ -78,6 +80,8 @@ def _walk(jaxpr: Any, arrays: Sequence[_Array | None], found: dict[str, list[boo
     first = next((array for array in given if array), None)
     if first is None:
       continue
+    if first.is_stacked:
+      raise _refused(first.path, 'the results of lax.scan')
     name = eqn.primitive.name
     is_float = jnp.issubdtype(eqn.invars[0].aval.dtype, jnp.floating)
     if _program.CALLS.get(name) and _is_read(eqn):

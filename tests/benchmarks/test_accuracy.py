@@ -152,9 +152,11 @@ def test_few_random_bits_lose_what_is_under_half_of_their_resolution(methods):
 
 
 def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, tmp_path):
-  output, readme = tmp_path / 'docs' / 'results.md', tmp_path / 'README.md'
-  readme.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
-  report.main(['--results', str(file), '--output', str(output), '--readme', str(readme)])
+  output, summaries = tmp_path / 'docs' / 'results.md', [tmp_path / 'accuracy.md', tmp_path / 'README.md']
+  for summary in summaries:
+    summary.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
+  files = ['--results', file, '--output', output, '--summary', summaries[0], '--readme', summaries[1]]
+  report.main([str(argument) for argument in files])
   text = output.read_text()
   runs = {}
   for run in accuracy.read(file):
@@ -182,21 +184,25 @@ def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, 
   mean = base[0].split('|')[4].split(' ± ')[0].strip()
   assert row.split('|')[3].strip() == f'{mean}: {base[0].split("|")[5].strip()}'
   assert row.split('|')[2].strip() not in ('', row.split('|')[3].strip())
-  # README's summary, and nothing else of it.
-  lines = readme.read_text().splitlines()
-  assert (lines[0], lines[-1]) == ('before', 'after')
-  assert 'old' not in lines
-  assert [line for line in lines if line.startswith('| sgdm-8:') and base[0].split('|')[5].strip() in line]
+  # The summaries, and nothing else of their pages.
+  for summary in summaries:
+    lines = summary.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ('before', 'after')
+    assert 'old' not in lines
+    assert [line for line in lines if line.startswith('| sgdm-8:') and base[0].split('|')[5].strip() in line]
 
 
 def test_documents_hold_what_the_runs_give(report, tmp_path, monkeypatch):
   root = BENCHMARKS.parent
   monkeypatch.chdir(root)
   monkeypatch.setattr(report, 'save', lambda figure, file: file.name)
-  output, readme = tmp_path / 'results.md', tmp_path / 'README.md'
-  readme.write_text((root / 'README.md').read_text())
-  report.main(['--output', str(output), '--readme', str(readme)])
-  assert output.read_text() == (root / 'docs' / 'results.md').read_text()
-  assert readme.read_text() == (root / 'README.md').read_text()
+  output = tmp_path / 'results.md'
+  made = {output: root / 'docs/results.md'}
+  made |= {tmp_path / name: root / folder / name for folder, name in (('docs', 'accuracy.md'), ('', 'README.md'))}
+  for file, document in made.items():
+    file.write_text(document.read_text())
+  report.main(['--output', str(output), '--summary', f'{tmp_path}/accuracy.md', '--readme', f'{tmp_path}/README.md'])
+  for file, document in made.items():
+    assert file.read_text() == document.read_text()
   for name in re.findall(r'\(figures/(.*?)\)', output.read_text()):
     assert (root / 'docs' / 'figures' / name).is_file()
