@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from accelerators import EIGHT
 from accelerators import EMBEDDING
+from accelerators import LAYERWISE
 from accelerators import METHODS
 from accelerators import RESNET
 from accelerators import SPLIT
@@ -111,13 +112,15 @@ def optimizer_step(method: Method, shapes: Any, platform: str) -> Program:
 
 
 def training_step(method: Method, model: peak_memory.Model) -> Program:
-  """Forward pass, backward pass and optimizer on one of four microbatches."""
+  """Forward pass, backward pass and optimizer, on one of four microbatches, or, without an accumulator, on all."""
   if method.by.startswith('optax'):
     tx = peak_memory.accumulated(lambda: stock(method.optimizer))()
     step = peak_memory.ordinary(tx, model.loss)
   else:
-    accumulator = lpmm.INTO_MOMENTUM if method.optimizer == 'sgd' else lpmm.INT8
-    tx = lpmm.MultiSteps(ours(method), peak_memory.MICROBATCHES, accumulator=accumulator)
+    tx = ours(method)
+    if method.by != LAYERWISE:
+      accumulator = lpmm.INTO_MOMENTUM if method.optimizer == 'sgd' else lpmm.INT8
+      tx = lpmm.MultiSteps(tx, peak_memory.MICROBATCHES, accumulator=accumulator)
     step = peak_memory.lean(tx, model.loss)
   store = STORES.get(method.by, peak_memory.int8)
   params = jax.eval_shape(lambda key: store(model.init(key)), jax.random.key(0))

@@ -17,15 +17,16 @@ it is there; one that is in the file is not made again. An error, or a row that 
 second makes tables, in docs/performance.md too, and needs neither environment; the third judges a few quick rows by
 BOUNDS and exits with 1 if one is missed.
 
-A step is compiled for one device, or for the eight chips of a TPU v5e-8 over which its arrays are split and the figures
-then are of one chip, with parameters and optimizer state donated. An optimizer step is given a gradient in
-float32; a training step is forward pass, backward pass and optimizer on one of four microbatches. Memory is the
-compiler's: peak = arguments + outputs - aliased + temporaries. Kernels and bytes are counted in the scheduled program
-by the rules of `benchmarks/hlo.py`. A loop whose number of turns the compiler does not know counts as one turn, so that
-kernels, bytes and cycles are then lower bounds. The floor is every argument read once and every new parameter and state
+A step is compiled for one device, or for the eight chips of a TPU v5e-8 over which its arrays are split and the
+figures then are of one chip, with parameters and optimizer state donated. An optimizer step is given a gradient in
+float32; a training step is forward pass, backward pass and optimizer on one of four microbatches, or, without an
+accumulator, on all there is, where each layer moves as its gradient comes. Memory is the compiler's: peak = arguments
++ outputs - aliased + temporaries. Kernels and bytes are counted in the scheduled program by the rules of
+`benchmarks/hlo.py`. A loop whose number of turns the compiler does not know counts as one turn, so that kernels,
+bytes and cycles are then lower bounds. The floor is every argument read once and every new parameter and state
 written once; a leaf that two kernels update, each a part of it, is counted twice, and so looks as if it moved more.
-Cycles are those that a TPU's compiler estimates for its fusions, which leaves out copies in the background; steps with
-kernels have none. Seconds of compilation are of a machine that others use.
+Cycles are those that a TPU's compiler estimates for its fusions, which leaves out copies in the background; steps
+with kernels have none. Seconds of compilation are of a machine that others use.
 
 Of ours, `kernel` is the kernel that a target has for the update of a leaf, where there is one, and `loop` the loop of
 XLA operations. Compiling where there is no accelerator, the library chooses tiles for a CPU; `loop in one tile` takes
@@ -119,6 +120,10 @@ class Method(NamedTuple):
   driver: str = ''
 
 
+# Of a training step, whose layers move as their gradients come.
+LAYERWISE = 'lpmm layerwise'
+
+
 def make_methods() -> dict[str, Method]:
   """By name, those of an optimizer together and its float32 first."""
   methods = {}
@@ -131,6 +136,7 @@ def make_methods() -> dict[str, Method]:
       methods[f'{name}, {driver}'] = Method(optimizer, 'lpmm', driver)
       if optimizer == 'sgd':
         methods[f'{name} paper, {driver}'] = Method(optimizer, 'lpmm paper', driver)
+    methods[f'{name} without accumulator, kernel'] = Method(optimizer, LAYERWISE, 'kernel')
   return methods
 
 
@@ -169,6 +175,8 @@ def fits(model: str, name: str) -> bool:
   method = METHODS[name]
   if method.driver == 'loop in one tile':
     return model == EIGHT
+  if method.by == LAYERWISE:
+    return model in TRAINED
   if model in SPLIT:
     return method.optimizer != 'lion' and (method.by == 'optax fp32' or name in (SGDM, ADAMW))
   return model in STEPS or (method.optimizer != 'lion' and method.by in ('optax fp32', 'optax bf16', 'lpmm'))
@@ -283,6 +291,8 @@ BOUNDS = (
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'compile ratio', 2, holds=False),
   Bound(GPUS, TRAIN_8B, (ADAMW,), 'peak', 4.6, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM,), 'peak', 2.6, holds=False),
+  Bound(('h100',), TRAIN_8B, ('lpmm.adamw without accumulator, kernel',), 'peak', 3.7, holds=False),
+  Bound(('h100',), TRAIN_8B, ('lpmm.sgdm without accumulator, kernel',), 'peak', 2.6, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM, ADAMW), 'compile ratio', 2, holds=False),
   Bound(('v5e',), TRAIN_1B, (ADAMW,), 'peak', 5.5, holds=False),
   Bound(('v5e',), STEP_ROWS, (SGDM, ADAMW), 'collectives', 0, holds=False),
