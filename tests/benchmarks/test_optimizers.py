@@ -37,6 +37,7 @@ def test_optimizers_are_found_by_name(optimizers):
 
 
 @pytest.mark.usefixtures('standard_promotion')
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_interrupted(optimizers, tmp_path):
   file = tmp_path / 'runs.jsonl'
   optimizers.measure(file, ['contrib.prodigy'], 1, 20)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import slow
 import train_char_lm
 
 import lpmm_optax as lpmm
@@ -171,7 +170,8 @@ def test_the_default_model_takes_the_bytes_of_a_large_one(name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('count', ['1', *slow('2')])
+@pytest.mark.slow
+@pytest.mark.parametrize('count', ['1', '2'])
 def test_a_run_in_low_memory_follows_the_ordinary_run(tmp_path, main, finished, count):
   result = main(tmp_path, '--runs', 'adamw-8bit', '--low-memory', '--microbatches', count).results['adamw-8bit']
   ordinary = finished.results['adamw-8bit']

@@ -25,7 +25,7 @@ import lpmm_optax as lpmm
 
 
 # Scaled rotary embedding, and normalised heads with an odd vocabulary; the others differ from them in a part each.
-@pytest.fixture(scope='module', params=['llama3', 'qwen3', *slow('llama2', 'llama-linear-biased', 'smollm', 'qwen2')])
+@pytest.fixture(scope='module', params=['llama3', *slow('llama2', 'llama-linear-biased', 'smollm', 'qwen2', 'qwen3')])
 def name(request):
   return request.param
 

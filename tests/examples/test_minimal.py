@@ -9,7 +9,7 @@ from runs import slow
 
 
 @pytest.mark.parametrize(
-  'example', [minimal_nnx, *slow(minimal_linen, minimal_plain, minimal_equinox)], ids=lambda module: module.__name__
+  'example', [minimal_plain, *slow(minimal_linen, minimal_nnx, minimal_equinox)], ids=lambda module: module.__name__
 )
 def test_the_loss_falls_and_the_memory_is_printed(example, capsys):
   losses = example.main(steps=60)

@@ -111,6 +111,7 @@ def test_leaves_that_no_kernel_takes_are_listed_with_the_reason():
   assert lpmm.memory_report(params, tx.init(params)).rows[0].loops == {}
 
 
+@pytest.mark.slow
 def test_a_device_checks_itself():
   found = lpmm.self_check()
   assert [(row.optimizer, row.driver, row.differing) for row in found.rows] == [

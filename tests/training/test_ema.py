@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -16,7 +17,7 @@ def moving(i):
   )
 
 
-@pytest.mark.parametrize('format', [lpmm.INT16, lpmm.INT8], ids=str)
+@pytest.mark.parametrize('format', [lpmm.INT8, *slow(lpmm.INT16)], ids=str)
 @pytest.mark.parametrize('decay', [0.95, lambda count: jnp.minimum(0.95, (1.0 + count) / (10.0 + count))])
 def test_it_follows_the_average_in_float32_within_the_bound_on_its_noise(format, decay):
   average, params = lpmm.ema(decay, format), moving(0)

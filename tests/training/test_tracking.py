@@ -67,11 +67,17 @@ REFUSED = {
     'results of lax.scan',
   ),
 }
+QUICK = ('a penalty', 'a transposition', 'lax.cond', 'jax.vmap')
 TXS = {'microbatches': lpmm.MultiSteps(lpmm.sgdm(0.1), 2), 'alone': lpmm.sgdm(0.1)}
 
 
-@pytest.mark.parametrize('tx', ['alone', *slow('microbatches')])
-@pytest.mark.parametrize('name', REFUSED)
+@pytest.mark.parametrize(
+  ('name', 'tx'),
+  [
+    *((name, 'alone') for name in QUICK),
+    *slow(*((name, 'alone') for name in REFUSED if name not in QUICK), *((name, 'microbatches') for name in REFUSED)),
+  ],
+)
 def test_anything_but_dequantizing_is_refused_by_name(name, tx):
   params, tx = lpmm.quantize(make_params(), lpmm.INT8), TXS[tx]
   term, words = REFUSED[name]
