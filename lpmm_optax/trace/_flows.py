@@ -28,7 +28,8 @@ _ROOTS = frozenset({'cbrt', 'log', 'log1p', 'pow', 'rsqrt', 'sqrt'})
 _FORGETS = frozenset({'eq', 'ge', 'gt', 'is_finite', 'le', 'lt', 'ne', 'sign'})
 # Every result is one of the operands' values, elsewhere.
 _MOVES = _program.RESHAPES | {'concatenate', 'dynamic_slice', 'gather', 'rev', 'slice', 'transpose'}
-_CASTS = frozenset({'convert_element_type', 'copy', 'reduce_precision', 'stop_gradient'})
+_COPIES = frozenset({'convert_element_type', 'copy'})
+_CASTS = _COPIES | {'reduce_precision', 'stop_gradient'}
 _PRODUCTS = frozenset({'conv_general_dilated', 'dot_general', 'fft'})
 # fmt: off
 _DECOMPOSITIONS = frozenset({
@@ -106,9 +107,7 @@ class _Reader:
 
   def source(self, value: int) -> int:
     """The value that this one is a copy of."""
-    while value in self._graph.producers and self._graph.ops[self._graph.producers[value]].name in _CASTS:
-      value = self._graph.ops[self._graph.producers[value]].inputs[0]
-    return value
+    return _source(self._graph, value, _CASTS)
 
   def _note(self, use: Use, entries: Iterable[int]) -> None:
     for e in entries:
@@ -279,7 +278,7 @@ def find(init: _program.Graph, plan: _plan.Plan) -> Uses:
   nonnegative, ranges = _ranges.nonnegative(init, plan)
   reader, numbers = _Reader(plan, ranges), _LateNumbers(init, plan)
   inputs = {index: value for value, (what, index) in plan.inputs.items() if what == 'state'}
-  copies = {e for e in reader.uses if _is_parameter(init, init.outputs[e])}
+  copies = {e for e in reader.uses if _source(init, init.outputs[e], _COPIES) in init.inputs}
   for e in reader.factors(nonnegative):
     reader.uses[e].add(Use.FACTOR)
   for e, uses in reader.uses.items():
@@ -294,8 +293,8 @@ def find(init: _program.Graph, plan: _plan.Plan) -> Uses:
   return Uses(plan.entries, nonnegative, copies, reader.uses, reader.divisors)
 
 
-def _is_parameter(init: _program.Graph, value: int) -> bool:
-  """Whether an array of the first state is a parameter."""
-  while value in init.producers and init.ops[init.producers[value]].name in ('convert_element_type', 'copy'):
-    value = init.ops[init.producers[value]].inputs[0]
-  return value in init.inputs
+def _source(graph: _program.Graph, value: int, through: Collection[str]) -> int:
+  """The value that one is computed from by operations of these names alone."""
+  while value in graph.producers and graph.ops[graph.producers[value]].name in through:
+    value = graph.ops[graph.producers[value]].inputs[0]
+  return value
