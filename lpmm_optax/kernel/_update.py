@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lpmm_optax.kernel import _body
 from lpmm_optax.kernel import _driver
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
@@ -103,7 +104,7 @@ def update_leaf(
     (new target or delta, new fields).
   """
   slots = [target, *fields]
-  blocks = [block for leaf in (*slots, gradient.accumulated) for block in _array.blocks_of(leaf)]
+  blocks = _body.blocks_of([*slots, gradient.accumulated])
   is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
   tilings = _tiles.choose_tilings(target.shape, blocks, target.size if is_dense else static.tile_size)
   dtype = _codec.compute_dtype(target.dtype)
