@@ -85,6 +85,7 @@ def file(accuracy, methods, tmp_path_factory):
     yield file
 
 
+@pytest.mark.slow
 def test_every_run_is_made_once(accuracy, file):
   configs = [run['config'] for run in accuracy.read(file)]
   assert all(config['task'] == 'chars' for config in configs)

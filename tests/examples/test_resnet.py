@@ -54,6 +54,7 @@ def curves(results):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_runs_learn_the_same(finished):
   low, fp32 = finished.results['lpmm'], finished.results['fp32']
   for result in (low, fp32):
@@ -122,6 +123,7 @@ def test_bytes_per_parameter_of_the_default_network(run, formats, whole, split):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, main, stopped, finished, epochs):
   shutil.copytree(stopped.folder / 'checkpoints', tmp_path / 'checkpoints')
   for name, result in stopped.results.items():

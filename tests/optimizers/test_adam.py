@@ -286,8 +286,8 @@ def set_from_outside(schedule):
   return make
 
 
-@pytest.mark.parametrize('is_known', [True, False], ids=['schedule', 'injected'])
-@pytest.mark.parametrize('schedule', [restarts, rises_a_thousandfold])
+@pytest.mark.parametrize('is_known', [True, *slow(False)], ids=['schedule', 'injected'])
+@pytest.mark.parametrize('schedule', [restarts, *slow(rises_a_thousandfold)])
 def test_errors_fed_back_at_a_low_rate_do_no_harm_when_it_rises(schedule, is_known):
   make = functools.partial(lpmm.adam, schedule) if is_known else set_from_outside(schedule)
   exact, plain, fed_back = (

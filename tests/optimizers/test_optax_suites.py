@@ -32,6 +32,7 @@ OURS = [
 ]
 
 IN_ALIAS_TEST = 'AliasTest has the same test of this optimizer'
+ANOTHER = 'another target, or another dtype, goes the same way through low_precision'
 
 # By a regular expression for the test's name, whose first part is that of the suite.
 EXCLUDED = {
@@ -43,6 +44,9 @@ EXCLUDED = {
   r'^Contrib.*test_state_shape.*wrapper_name=[a-z]': IN_ALIAS_TEST,  # It does without the wrapper.
   r'^Contrib.*extra_args.*wrapper_name=[a-z].*wrap=False': IN_ALIAS_TEST,
   r'^Contrib.*extra_args.*wrapper_name=None.*wrap=True': 'there is no wrapper: the same as with wrap=False',
+  r'InLowPrecision\.test_optimiz.*target=_setup_(matrix_)?parabola': ANOTHER,
+  r'InLowPrecision\.test_state_shape.*dtype=float(16|64)': ANOTHER,
+  r'InLowPrecision\.test_(preserve_dtype|gradient_acc).*dtype=float32': ANOTHER,
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from runs import slow
 
 import lpmm_optax as lpmm
 from lpmm_optax import checkpoint
@@ -86,7 +87,7 @@ def state_of_writer(step):
 
 @pytest.mark.parametrize(
   ('ending', 'returncode'),
-  [(KILLED, -signal.SIGKILL), (KILLED_EARLY, -signal.SIGKILL), (FULL, 1)],
+  [(KILLED, -signal.SIGKILL), *slow((KILLED_EARLY, -signal.SIGKILL), (FULL, 1))],
   ids=['killed at the end', 'killed at the beginning', 'file size limit'],
 )
 def test_a_write_that_does_not_end_leaves_the_checkpoint_before_it(tmp_path, ending, returncode):

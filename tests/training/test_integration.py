@@ -465,6 +465,7 @@ def test_clipping_in_a_chain_costs_no_memory():
   assert temporaries['clipped'] < temporaries['plain'] + 0.01 * total
 
 
+@pytest.mark.slow
 def test_temporaries_of_small_leaves_do_not_add_up():
   tx = lpmm.sgdm(decaying)
   grads = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 48
