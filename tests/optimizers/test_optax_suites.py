@@ -20,6 +20,8 @@ import pytest
 
 import lpmm_optax as lpmm
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 OURS = [
   {'opt_name': 'sgdm', 'opt_kwargs': {'learning_rate': 1e-3, 'error_feedback': True}},
   {'opt_name': 'sgdm', 'opt_kwargs': {'learning_rate': 1e-3, 'error_feedback': False, 'weight_decay': 1e-5}},
@@ -141,15 +143,6 @@ def inner_of(x):
   if isinstance(x, lpmm.InPlaceTransformation):
     return x.inner
   return x.inner_state if isinstance(x, lpmm.LowPrecisionState) else x
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _compile_fast():
-  """Most of the time goes into compiling, and how well XLA optimizes is not tested here."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-  jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

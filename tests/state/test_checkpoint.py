@@ -23,6 +23,8 @@ import lpmm_optax as lpmm
 from lpmm_optax import checkpoint
 from lpmm_optax.state import _description
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 DENSE = {
   'layer': {'kernel': jax.random.normal(jax.random.key(0), (64, 256)), 'bias': jnp.zeros(256)},
   'scale': jnp.ones(()),

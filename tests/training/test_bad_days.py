@@ -20,6 +20,8 @@ from runs import slow
 import lpmm_optax as lpmm
 from lpmm_optax import checkpoint
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 DENSE = {'w': jax.random.normal(jax.random.key(0), (64, 128)), 'b': jnp.zeros(128)}
 GRADS = jax.tree.map(lambda x: 0.1 * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), DENSE)
 OPTIMIZERS = {'sgdm': lpmm.sgdm, 'adamw': lpmm.adamw, 'lion': lpmm.lion}
