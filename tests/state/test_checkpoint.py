@@ -147,9 +147,9 @@ OTHERS = [name for name in RUNS if name not in ('microbatches', 'adamw')]
 @pytest.mark.parametrize(
   ('route', 'name'),
   [
-    *((route, 'microbatches') for route in ROUTES),
     ('manager', 'adamw'),
     ('flax.serialization', 'adamw'),
+    *slow(*((route, 'microbatches') for route in ROUTES)),
     *slow(*((route, name) for route in ('manager', 'flax.serialization') for name in OTHERS)),
   ],
 )
