@@ -155,8 +155,9 @@ STEPS = (EIGHT, STACKED, EMBEDDING, RESNET)
 TRAINED = (TRAIN_TRANSFORMER, TRAIN_RESNET, TRAIN_1B, TRAIN_8B)
 # GiB of memory, and what of it a program gets.
 CARDS, USABLE = {'24 GB': 24.0, '80 GB': 79.6}, 0.95
-LLAMAS, LENGTHS = ('1B', '3B', '8B'), (2048, 8192)
-FINETUNED = {f'fine-tune Llama {size}, {tokens} tokens': (size, tokens) for size in LLAMAS for tokens in LENGTHS}
+# Parameters, and tokens of a sequence.
+LLAMAS = ('1B', 2048), ('3B', 2048), ('8B', 2048), ('8B', 8192)
+FINETUNED = {f'fine-tune Llama {size}, {tokens} tokens': (size, tokens) for size, tokens in LLAMAS}
 FINE_TUNE_8B = 'fine-tune Llama 8B, 2048 tokens'
 FINETUNING = (
   'optax.adamw fp32',
