@@ -251,7 +251,7 @@ def excess(tx, format, steps=1500, seeds=3):
 
 
 @pytest.mark.parametrize(
-  'rate', [1e-3, *slow(lambda i: 1e-3 * (0.5 + 0.5 * jnp.cos(jnp.pi * i / 1500)))], ids=['flat', 'cosine']
+  'rate', slow(1e-3, lambda i: 1e-3 * (0.5 + 0.5 * jnp.cos(jnp.pi * i / 1500))), ids=['flat', 'cosine']
 )
 def test_feedback_removes_most_of_what_rounding_adds_to_the_loss(rate):
   learning_rate = rate if not callable(rate) else lambda count: rate(jnp.asarray(count, jnp.float32))
@@ -287,7 +287,7 @@ def set_from_outside(schedule):
 
 
 @pytest.mark.parametrize('is_known', [True, *slow(False)], ids=['schedule', 'injected'])
-@pytest.mark.parametrize('schedule', [restarts, *slow(rises_a_thousandfold)])
+@pytest.mark.parametrize('schedule', slow(restarts, rises_a_thousandfold))
 def test_errors_fed_back_at_a_low_rate_do_no_harm_when_it_rises(schedule, is_known):
   make = functools.partial(lpmm.adam, schedule) if is_known else set_from_outside(schedule)
   exact, plain, fed_back = (
@@ -363,7 +363,7 @@ def test_feedback_is_refused_where_it_cannot_work(make, kwargs, reason):
     make(0.1, error_feedback=True, **kwargs)
 
 
-@pytest.mark.parametrize('make', [lpmm.adam, functools.partial(lpmm.adamw, weight_decay=0.0)])
+@pytest.mark.parametrize('make', [lpmm.adam, *slow(functools.partial(lpmm.adamw, weight_decay=0.0))])
 def test_a_learning_rate_of_zero_changes_no_parameter(make):
   params, state = train(make(0.1), lpmm.quantize(tree(), lpmm.INT8), gradients(5))
   new, state = lpmm.step(make(0.0), tree(7), params, state)

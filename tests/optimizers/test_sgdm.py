@@ -146,7 +146,7 @@ def test_feedback_is_refused_where_it_cannot_work(kwargs, reason):
     lpmm.sgdm(0.1, error_feedback=True, **kwargs)
 
 
-@pytest.mark.parametrize('feedback', [True, False])
+@pytest.mark.parametrize('feedback', [True, *slow(False)])
 def test_a_learning_rate_of_zero_changes_no_parameter(feedback):
   start = lpmm.quantize(tree(), lpmm.INT8)
   params, state = train(lpmm.sgdm(0.1, error_feedback=feedback), start, gradients(10))

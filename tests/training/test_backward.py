@@ -325,6 +325,7 @@ def test_blocks_that_a_slice_would_cut_are_refused_and_smaller_ones_taken():
   np.testing.assert_allclose(lpmm.dequantize(state.acc_grads)[3], jnp.full((4, 4), 0.5), atol=0.5 / 126)
 
 
+@pytest.mark.slow
 def test_a_slice_of_another_axis_that_looks_like_one_of_the_first_is_poisoned():
   params, tx = {'w': quantized(jnp.ones((64, 64, 128)))}, TXS['sgdm']()
   first = lambda params, x: jnp.sum(lpmm.dequantize(jax.tree.map(lambda a: a[3], params['w']))) + jnp.sum(x)

@@ -144,6 +144,7 @@ def batch(i):
   return jax.random.normal(jax.random.fold_in(jax.random.key(5), i), (32, 64))
 
 
+@pytest.mark.slow
 def test_replicas_have_the_same_codes_after_a_hundred_steps():
   tx = lpmm.MultiSteps(lpmm.chain(optax.clip_by_global_norm(1.0), lpmm.sgdm(0.1)), 2)
   _, final = data_parallel(tx, [batch(i) for i in range(100)])

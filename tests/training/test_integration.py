@@ -210,7 +210,7 @@ PAIR = {'a': jnp.ones((64, 128)), 'b': jnp.ones((64, 128))}
 PAIR_GRADS = {'a': jnp.full((64, 128), 0.5), 'b': jnp.full((64, 128), 0.25)}
 
 
-@pytest.mark.parametrize('wrapper', ['masked', 'partition', 'inject_hyperparams', 'chain', 'named_chain'])
+@pytest.mark.parametrize('wrapper', ['inject_hyperparams', *slow('masked', 'partition', 'chain', 'named_chain')])
 @pytest.mark.parametrize('make', [OURS['sgdm'], *slow(OURS['adamw'])], ids=OURS)
 def test_optax_wrappers(wrapper, make):
   params = lpmm.quantize(PAIR, lpmm.INT8)
@@ -317,7 +317,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize('wrapper', AROUND)
+@pytest.mark.parametrize('wrapper', ['schedule_free', *slow('apply_if_finite', 'MultiSteps')])
 def test_wrappers_that_compute_with_updates_work_on_dense_parameters_or_inside(wrapper):
   wrap = AROUND[wrapper]
   with jax.numpy_dtype_promotion('standard'):

@@ -61,6 +61,7 @@ def test_it_leaves_the_bits_of_the_ordinary_path(name, tx):
   assert any((x != y).any() for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True))
 
 
+@pytest.mark.slow
 def test_what_the_loss_does_not_depend_on_moves_as_by_a_gradient_of_zero():
   layers = jax.random.normal(jax.random.key(0), (3, 64, 64)) / 8
   params = lpmm.quantize({'stopped': layers[0], 'unread': layers[1], 'used': layers[2]}, lpmm.INT8)

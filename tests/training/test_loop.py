@@ -68,6 +68,7 @@ def test_a_histogram_is_taken_leaf_by_leaf():
   assert int(jnp.sum(histogram(PARAMS['w']))) == 64 * 128
 
 
+@pytest.mark.slow
 def test_the_norm_of_an_update_is_of_a_difference_and_costs_no_memory():
   def norm(old, new):
     return optax.tree.norm(jax.tree.map(jnp.subtract, lpmm.dequantize(new), lpmm.dequantize(old)))
