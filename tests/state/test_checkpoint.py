@@ -1,6 +1,7 @@
 """Checkpoints: every optimizer's state comes back bit for bit, by every route, on every mesh; or there is an error."""
 
 import functools
+import gc
 import json
 import shutil
 
@@ -377,6 +378,8 @@ def test_a_checkpoint_without_description_is_told_apart(tmp_path, saved):
     checkpointer.restore(tmp_path / '0' / 'default', args=checkpoint.Restore(state))
 
 
+# Orbax leaves coroutines behind where it cannot read.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', ['one bit', 'second half cut', 'gone'])
 def test_a_damaged_file_is_an_error_and_never_another_state(tmp_path, saved, damage):
   folder, state = saved
@@ -400,6 +403,7 @@ def test_a_damaged_file_is_an_error_and_never_another_state(tmp_path, saved, dam
     else:
       # A file of which nothing was needed.
       assert_same_bits(restored, state)
+  gc.collect()  # What Orbax leaves behind, here and not in the next test.
   # Manifest, tree, description and arrays, at the least.
   assert len(errors) >= 4
   assert all('damaged' in error or checkpoint.FILE_NAME in error for error in errors)
