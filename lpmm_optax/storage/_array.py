@@ -46,7 +46,8 @@ class QuantizedArray(metaclass=_refusal.Explained):
   """
 
   ADVICE: ClassVar[str] = (
-    'a quantized parameter, whose leaves are integer codes and scales. Its updates are those of an lpmm_optax '
+    'a quantized parameter, whose leaves are integer codes and scales. Averages and all else that is computed of '
+    'parameters take lpmm_optax.dequantize(params), see docs/guides/loop.md. Updates are those of an lpmm_optax '
     'optimizer; docs/guides/wrappers.md says which wrappers of Optax go around one, and what there is for the others'
   )
 
@@ -102,7 +103,8 @@ class QuantizedArray(metaclass=_refusal.Explained):
     """A message for who uses it as an array."""
     return (
       f'{what} needs an array, and {self!r} is none: call lpmm_optax.dequantize(params) before the model uses them, in '
-      'evaluation too; a transformation of gradients that looks at parameters goes into lpmm_optax.chain'
+      'evaluation too; a transformation of gradients that looks at parameters goes into lpmm_optax.chain, and an '
+      'optimizer of Optax into lpmm_optax.low_precision'
     )
 
   def __jax_array__(self) -> Any:

@@ -283,8 +283,8 @@ def value_and_step(
   optimizer = _low_precision.optimizer_of(tx)
   if not isinstance(tx, _multi_steps.MultiSteps) and optimizer is None:
     raise TypeError(
-      f'value_and_step takes an optimizer of lpmm_optax, a chain that ends in one, or lpmm_optax.MultiSteps, got '
-      f'{type(tx).__name__}; wrap what is none, MultiSteps(tx, 1)'
+      f'value_and_step takes an optimizer of lpmm_optax, alone or last in lpmm_optax.chain (not optax.chain), or an '
+      f'lpmm_optax.MultiSteps, which is outermost, got {type(tx).__name__}; wrap what is none, MultiSteps(tx, 1)'
     )
   if isinstance(tx, _multi_steps.MultiSteps) and tx.microbatches.should_skip is not None:
     raise ValueError(

@@ -99,8 +99,22 @@ def test_a_mean_of_gradients_is_that_of_the_microbatches_so_far(use_grad_mean):
   assert_same_bits(tx.mean_gradients(state), jax.tree.map(jnp.zeros_like, DENSE))
   into = lpmm.MultiSteps(lpmm.sgdm(0.1), 3, accumulator=lpmm.INTO_MOMENTUM)
   state = into.init(PARAMS)
-  with pytest.raises(ValueError, match='no accumulator'):
+  with pytest.raises(ValueError, match=r'no accumulator.*lpmm_optax\.chain\(optax\.snapshot'):
     into.mean_gradients(state)
+
+
+@pytest.mark.parametrize('microbatches', [None, 2])
+def test_a_snapshot_keeps_the_norm_of_what_the_optimizer_takes(microbatches):
+  loss = lambda params, x: jnp.sum(x * lpmm.dequantize(params)['w']) / 8
+  tx = lpmm.chain(optax.snapshot('norm', optax.tree.norm), lpmm.sgdm(0.01))
+  tx = lpmm.MultiSteps(tx, microbatches) if microbatches else tx
+  params = {'w': PARAMS['w']}
+  state = tx.init(params)
+  step = jax.jit(lpmm.value_and_step(loss, tx))
+  for scale in (1.0, 1.5)[: microbatches or 1]:
+    _, params, state = step(params, state, scale * DENSE['w'])
+  norm = (1.25 if microbatches == 2 else 1.0) * optax.tree.norm(DENSE['w']) / 8
+  np.testing.assert_allclose(optax.tree.get(state, 'norm'), norm, rtol=1e-2)
 
 
 def test_a_penalty_is_of_what_the_loss_dequantizes():
@@ -125,6 +139,8 @@ def test_a_dense_average_is_of_the_dequantized_and_costs_no_memory():
   average = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 8
   memory = jax.jit(advance, donate_argnums=0).lower(average, large()).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 2**20
+  with pytest.raises(ValueError, match=r'Averages .* take lpmm_optax\.dequantize\(params\)'):
+    optax.incremental_update(PARAMS, DENSE, 0.1)
 
 
 def test_lookahead_is_an_average_taken_every_few_steps():
