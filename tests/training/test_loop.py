@@ -73,6 +73,14 @@ def test_the_norm_of_an_update_is_of_a_difference_and_costs_no_memory():
 
   state = TX.init(PARAMS)
   new, _ = STEP(DENSE, PARAMS, state)
+
+  def norm_of_updates(params, state):
+    updates, state = TX.update(DENSE, state, params)
+    return optax.tree.norm(lpmm.dequantize(updates)), optax.apply_updates(params, updates)
+
+  found, applied = jax.jit(norm_of_updates)(PARAMS, state)
+  assert_same_bits(applied, new)
+  np.testing.assert_allclose(found, norm(PARAMS, new), rtol=1e-6)
   # Adam's first step is the rate for every element with a gradient, up to rounding.
   np.testing.assert_allclose(norm(PARAMS, new), 0.01 * np.sqrt(SIZE), rtol=0.5)
   assert temporaries(norm, large(), large()) < 2**23
