@@ -51,6 +51,28 @@ def test_a_parameter_in_two_places_of_a_module_stays_one():
   assert set(nnx.state(dense)) == set(nnx.state(net)) == {'again', 'dropout', 'norm'}
 
 
+def test_a_linen_model_that_dequantizes_is_the_same_model():
+  class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.BatchNorm(use_running_average=False)(nn.Dense(128)(x))
+      return nn.Dense(64)(nn.Dropout(0.5, deterministic=False)(x))
+
+  model, decoding = Model(), nn.map_variables(Model, 'params', lpmm.dequantize, mutable=True)()
+  x, key = jax.random.normal(jax.random.key(0), (8, 64)), jax.random.key(1)
+  variables = model.init({'params': key, 'dropout': key}, x)
+  jax.tree.map(np.testing.assert_array_equal, decoding.init({'params': key, 'dropout': key}, x), variables)
+  params = lpmm.quantize(variables['params'], lpmm.INT8)
+
+  def run(model, params):
+    given = variables | {'params': params}
+    return model.apply(given, x, rngs={'dropout': key}, mutable='batch_stats')
+
+  expected = run(model, lpmm.dequantize(params))
+  for given in (params, lpmm.dequantize(params)):
+    jax.tree.map(np.testing.assert_array_equal, run(decoding, given), expected)
+
+
 @pytest.mark.slow
 def test_value_and_step_with_nnx_scan_and_remat():
   class Layer(nnx.Module):

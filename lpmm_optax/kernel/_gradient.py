@@ -17,6 +17,8 @@ from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _view
 from lpmm_optax.trace import _plan
 
+_OF_DENSE = 'gradients are those of lpmm_optax.dequantize(params), or taken by lpmm_optax.value_and_step'
+
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=('accumulated', 'recent', 'weight'), meta_fields=('is_mean',)
@@ -120,14 +122,14 @@ def flatten(params: _plan.Params, gradients: Any) -> dict[int, Gradient]:
       out[i] = gradient
       continue
     if not hasattr(gradient, 'dtype'):
-      raise TypeError(f'{path}: the gradient must be a dense array, got {gradient!r}')
+      raise TypeError(f'{path}: the gradient must be a dense array, got {gradient!r}; {_OF_DENSE}')
     if _array.is_quantized(gradient) or not jnp.issubdtype(gradient.dtype, jnp.floating):
-      raise TypeError(f'{path}: the gradient must be a dense floating-point array, got {gradient!r}')
+      raise TypeError(f'{path}: the gradient must be a dense floating-point array, got {gradient!r}; {_OF_DENSE}')
     if gradient.shape != shape:
       raise ValueError(
-        f'{path}: the gradient has shape {gradient.shape}, the parameter {shape}; gradients are those of '
-        'lpmm_optax.dequantize(params). Of each example, they go through optax.chain(differentially_private_aggregate, '
-        '...); optax.flatten goes inside lpmm_optax.low_precision'
+        f'{path}: the gradient has shape {gradient.shape}, the parameter {shape}; {_OF_DENSE}. Of each example, they '
+        'go through optax.chain(differentially_private_aggregate, ...); optax.flatten goes inside of '
+        'lpmm_optax.low_precision'
       )
     out[i] = Gradient(recent=jnp.asarray(gradient))
   return out

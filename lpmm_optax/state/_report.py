@@ -1,5 +1,6 @@
 """`memory_report`: where the bytes of training go."""
 
+from collections.abc import Iterable
 import dataclasses
 from typing import Any
 
@@ -111,7 +112,7 @@ class MemoryReport:
     if self.exempt:
       dense = sum(row.bytes for row in self.exempt)
       lines.append(f'dense by exemption: {len(self.exempt)} arrays, {dense / 2**20:.3f} MiB')
-      lines += [f'  {row.group}/{row.path}: {row.format}, {row.exempt}' for row in self.exempt]
+      lines += _listed((f'  {row.group} in {row.format}, {row.exempt}', row) for row in self.exempt)
     lines += [f'{name}: {reason}' for name, reason in self.formats]
     updated = [row for row in self.rows if row.update]
     if updated:
@@ -119,14 +120,21 @@ class MemoryReport:
       tiled = sum(row.elements for row in updated) - sum(row.elements for row in whole)
       lines.append(f'updated in tiles: {len(updated) - len(whole)} parameters, {tiled} elements')
       lines += [f'  {row.path}: updated {row.update}, {row.elements} elements' for row in whole]
-    by_reason: dict[str, list[MemoryRow]] = {}
-    for row in updated:
-      for platform, reason in row.loops.items():
-        by_reason.setdefault(f'no kernel on {platform}, for {reason}', []).append(row)
-    for reason, found in by_reason.items():
-      elements = sum(row.elements for row in found)
-      lines.append(f'{reason}: {_array.name_some([row.path for row in found])}, {elements} elements')
+    lines += _listed(
+      (f'no kernel on {platform}, for {reason}', row) for row in updated for platform, reason in row.loops.items()
+    )
     return '\n'.join(lines)
+
+
+def _listed(rows: Iterable[tuple[str, MemoryRow]]) -> list[str]:
+  """A line per reason, with some of the rows that have it and the elements of all of them."""
+  by_reason: dict[str, list[MemoryRow]] = {}
+  for reason, row in rows:
+    by_reason.setdefault(reason, []).append(row)
+  return [
+    f'{reason}: {_array.name_some([row.path for row in found])}, {sum(row.elements for row in found)} elements'
+    for reason, found in by_reason.items()
+  ]
 
 
 def _row(
@@ -205,9 +213,9 @@ def memory_report(
   total                          3.074         3.071
   the same in float32           12.012        12.000  (-74.4%)
   dense by exemption: 3 arrays, 0.012 MiB
-    params/bias: float32, under 4096 elements
-    mu/bias: float32, under 4096 elements
-    nu/bias: float32, under 4096 elements
+    params in float32, under 4096 elements: bias, 1024 elements
+    mu in float32, under 4096 elements: bias, 1024 elements
+    nu in float32, under 4096 elements: bias, 1024 elements
   mu in int8: nothing that is done with it takes more
   nu in uint8_sqrt: it never turns negative
   updated in tiles: 2 parameters, 1049600 elements

@@ -46,7 +46,8 @@ class QuantizedArray(metaclass=_refusal.Explained):
   """
 
   ADVICE: ClassVar[str] = (
-    'a quantized parameter, whose leaves are integer codes and scales. Its updates are those of an lpmm_optax '
+    'a quantized parameter, whose leaves are integer codes and scales. Averages and all else that is computed of '
+    'parameters take lpmm_optax.dequantize(params), see docs/guides/loop.md. Updates are those of an lpmm_optax '
     'optimizer; docs/guides/wrappers.md says which wrappers of Optax go around one, and what there is for the others'
   )
 
@@ -92,7 +93,12 @@ class QuantizedArray(metaclass=_refusal.Explained):
     return self.codes.sharding
 
   def dense(self, dtype: Any = None, path: str = '<root>') -> jax.Array:
-    """The values, in `dtype` or that of the array; messages call it by `path`."""
+    """The values, in `dtype` or that of the array, or their change; messages call it by `path`."""
+    if isinstance(self.codes, _refusal.Delta):
+      before = jax.tree.map(lambda delta: delta.stored, self)
+      after = jax.tree.map(lambda delta: delta.stored + delta.change, self)
+      change = after.dense(jnp.float32, path) - before.dense(jnp.float32, path)
+      return change.astype(self.dtype if dtype is None else dtype)
     check(path, self)
     platforms = _targets.chosen().get('tpu', ()) if _view.suits_products(self.shape, blocks_of(self)) else ()
     decode = functools.partial(_decode, platforms)
@@ -102,7 +108,8 @@ class QuantizedArray(metaclass=_refusal.Explained):
     """A message for who uses it as an array."""
     return (
       f'{what} needs an array, and {self!r} is none: call lpmm_optax.dequantize(params) before the model uses them, in '
-      'evaluation too; a transformation of gradients that looks at parameters goes into lpmm_optax.chain'
+      'evaluation too; a transformation of gradients that looks at parameters goes into lpmm_optax.chain, and an '
+      'optimizer of Optax into lpmm_optax.low_precision'
     )
 
   def __jax_array__(self) -> Any:
@@ -513,7 +520,8 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
   """The dense values of a tree; leaves that are not quantized are passed through.
 
   Args:
-    tree: an array or a pytree; also a Flax nnx Module, or a State of Variables.
+    tree: an array or a pytree; also a Flax nnx Module, or a State of Variables. Of what an optimizer's `update`
+      returned, the values are those that the parameters change by.
     dtype: a floating-point dtype for every floating-point leaf, dense ones included, as the model computes in one
       dtype; None keeps each leaf's own (a quantized leaf's is that of the array it was made from).
 

@@ -55,19 +55,21 @@ class Delta(metaclass=Explained):
   chain or by a norm that is logged, is an error: those would take codes for numbers.
 
   Attributes:
+    stored: what they are to be added to.
     change: the integers.
   """
 
   ADVICE = (
-    'the change of a quantized parameter, which optax.apply_updates takes and nothing else. Where more is to be done, '
-    'there are lpmm_optax.step, its chain, partition, masked, MultiSteps and apply_if_finite, and low_precision to put '
-    'transformations of Optax inside of'
+    'the change of a quantized parameter, which optax.apply_updates takes and nothing else. To log it, '
+    'lpmm_optax.dequantize(updates) is by what the values change. Where more is to be done, there are lpmm_optax.step, '
+    'its chain, partition, masked, MultiSteps and apply_if_finite, and low_precision to put transformations of Optax '
+    'inside of'
   )
   __array_ufunc__ = None  # NumPy leaves the sum to this class.
 
   def __init__(self, path: str, change: jax.Array, stored: jax.Array):
     self._path = path
-    self._stored = stored
+    self.stored = stored
     self.change = change
 
   @property
@@ -84,7 +86,7 @@ class Delta(metaclass=Explained):
 
   def __add__(self, stored: Any) -> jax.Array:
     # What an average or an accumulator holds has the same shape and dtype.
-    if stored is not self._stored:
+    if stored is not self.stored:
       raise NotAnArrayError(f'{self.explain("A sum")}. It can be added to the arrays that `update` was given alone')
     return stored + self.change
 

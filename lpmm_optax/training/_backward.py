@@ -222,9 +222,9 @@ def value_and_step(
   Where ``jax.value_and_grad(fun)(params, *args)`` gives a value and gradients, this gives the value, and parameters and
   optimizer state after the microbatch. `fun` gets the quantized parameters as they are, and calls `dequantize` on each
   where it is used: in the body of the scan over layers, in the layer's function, or, in Flax, through
-  ``nn.map_variables(Layer, 'params', lpmm_optax.dequantize)``. No tree of gradients exists. Nor does one of dense
-  weights, if layers dequantize theirs inside of `jax.checkpoint`, which decodes them again; else they are kept for the
-  backward pass, as activations are.
+  ``nn.map_variables(Layer, 'params', lpmm_optax.dequantize, init=self.is_initializing())``. No tree of gradients
+  exists. Nor does one of dense weights, if layers dequantize theirs inside of `jax.checkpoint`, which decodes them
+  again; else they are kept for the backward pass, as activations are.
 
   With a `MultiSteps`, each layer's gradient is added to the accumulator or the momentum as soon as it is there. The
   result is that of `tx.step` but for one rounding: the last microbatch's gradient is added to the accumulator too,
@@ -283,8 +283,8 @@ def value_and_step(
   optimizer = _low_precision.optimizer_of(tx)
   if not isinstance(tx, _multi_steps.MultiSteps) and optimizer is None:
     raise TypeError(
-      f'value_and_step takes an optimizer of lpmm_optax, a chain that ends in one, or lpmm_optax.MultiSteps, got '
-      f'{type(tx).__name__}; wrap what is none, MultiSteps(tx, 1)'
+      f'value_and_step takes an optimizer of lpmm_optax, alone or last in lpmm_optax.chain (not optax.chain), or an '
+      f'lpmm_optax.MultiSteps, which is outermost, got {type(tx).__name__}; wrap what is none, MultiSteps(tx, 1)'
     )
   if isinstance(tx, _multi_steps.MultiSteps) and tx.microbatches.should_skip is not None:
     raise ValueError(

@@ -428,7 +428,11 @@ class MultiSteps(_low_precision.InPlaceTransformation):
     1.50
     """
     if self.microbatches.momentum is not None:
-      raise ValueError('with accumulator=INTO_MOMENTUM there is no accumulator, and so no mean of gradients')
+      raise ValueError(
+        'with accumulator=INTO_MOMENTUM there is no accumulator, and so no mean of gradients; the norm of each '
+        "microbatch's is kept by lpmm_optax.chain(optax.snapshot('norm', optax.tree.norm), MultiSteps(...)), with "
+        'lpmm_optax.step'
+      )
     count = state.mini_step.astype(jnp.float32)
     scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0.0)
     if self.microbatches.use_grad_mean:

@@ -173,7 +173,7 @@ def _with_slice(x: jax.Array, new: jax.Array, start: Sequence[jax.Array]) -> jax
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrackedArray(_array.QuantizedArray):
   """A parameter, or a slice of one, whose gradient goes into a `Sink`.
 

@@ -160,3 +160,12 @@ def test_a_loop_of_eager_steps_is_warned_of_once(monkeypatch):
       params, state = lpmm.step(tx, {'w': jnp.ones(3)}, params, state)
   (warning,) = [w for w in caught if w.category is lpmm.EagerStepWarning]
   assert 'jax.jit' in str(warning.message)
+
+
+def test_gradients_of_what_is_stored_say_what_to_take_them_of():
+  params = lpmm.quantize({'w': jnp.ones((64, 64))}, lpmm.INT8)
+  tx = lpmm.sgdm(0.1)
+  of_codes = jax.grad(lambda params: jnp.sum(lpmm.dequantize(params)['w']), allow_int=True)(params)
+  for gradients in (params, of_codes, {'w': None}):
+    with pytest.raises(TypeError, match=r'w: the gradient must be a dense .* lpmm_optax\.dequantize\(params\)'):
+      lpmm.step(tx, gradients, params, tx.init(params))

@@ -160,7 +160,13 @@ def test_an_update_that_needs_more_than_a_layer_is_refused(tx, words):
 
 
 def test_it_takes_an_optimizer_of_ours_without_extra_arguments():
-  for tx in (optax.sgd(0.1), lpmm.apply_if_finite(lpmm.sgdm(0.1), 2)):
+  into = lpmm.MultiSteps(lpmm.sgdm(0.1), 2, accumulator=lpmm.INTO_MOMENTUM)
+  for tx in (
+    optax.sgd(0.1),
+    optax.chain(optax.clip(1.0), lpmm.sgdm(0.1)),
+    lpmm.chain(optax.clip(1.0), into),
+    lpmm.apply_if_finite(lpmm.sgdm(0.1), 2),
+  ):
     with pytest.raises(TypeError, match=r'value_and_step takes an optimizer of lpmm_optax.* MultiSteps\(tx, 1\)'):
       lpmm.value_and_step(scanned, tx)
   with pytest.raises(ValueError, match='gets no extra arguments'):

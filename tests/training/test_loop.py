@@ -75,6 +75,14 @@ def test_the_norm_of_an_update_is_of_a_difference_and_costs_no_memory():
 
   state = TX.init(PARAMS)
   new, _ = STEP(DENSE, PARAMS, state)
+
+  def norm_of_updates(params, state):
+    updates, state = TX.update(DENSE, state, params)
+    return optax.tree.norm(lpmm.dequantize(updates)), optax.apply_updates(params, updates)
+
+  found, applied = jax.jit(norm_of_updates)(PARAMS, state)
+  assert_same_bits(applied, new)
+  np.testing.assert_allclose(found, norm(PARAMS, new), rtol=1e-6)
   # Adam's first step is the rate for every element with a gradient, up to rounding.
   np.testing.assert_allclose(norm(PARAMS, new), 0.01 * np.sqrt(SIZE), rtol=0.5)
   assert temporaries(norm, large(), large()) < 2**23
@@ -101,8 +109,22 @@ def test_a_mean_of_gradients_is_that_of_the_microbatches_so_far(use_grad_mean):
   assert_same_bits(tx.mean_gradients(state), jax.tree.map(jnp.zeros_like, DENSE))
   into = lpmm.MultiSteps(lpmm.sgdm(0.1), 3, accumulator=lpmm.INTO_MOMENTUM)
   state = into.init(PARAMS)
-  with pytest.raises(ValueError, match='no accumulator'):
+  with pytest.raises(ValueError, match=r'no accumulator.*lpmm_optax\.chain\(optax\.snapshot'):
     into.mean_gradients(state)
+
+
+@pytest.mark.parametrize('microbatches', [None, 2])
+def test_a_snapshot_keeps_the_norm_of_what_the_optimizer_takes(microbatches):
+  loss = lambda params, x: jnp.sum(x * lpmm.dequantize(params)['w']) / 8
+  tx = lpmm.chain(optax.snapshot('norm', optax.tree.norm), lpmm.sgdm(0.01))
+  tx = lpmm.MultiSteps(tx, microbatches) if microbatches else tx
+  params = {'w': PARAMS['w']}
+  state = tx.init(params)
+  step = jax.jit(lpmm.value_and_step(loss, tx))
+  for scale in (1.0, 1.5)[: microbatches or 1]:
+    _, params, state = step(params, state, scale * DENSE['w'])
+  norm = (1.25 if microbatches == 2 else 1.0) * optax.tree.norm(DENSE['w']) / 8
+  np.testing.assert_allclose(optax.tree.get(state, 'norm'), norm, rtol=1e-2)
 
 
 def test_a_penalty_is_of_what_the_loss_dequantizes():
@@ -127,6 +149,8 @@ def test_a_dense_average_is_of_the_dequantized_and_costs_no_memory():
   average = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 8
   memory = jax.jit(advance, donate_argnums=0).lower(average, large()).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 2**20
+  with pytest.raises(ValueError, match=r'Averages .* take lpmm_optax\.dequantize\(params\)'):
+    optax.incremental_update(PARAMS, DENSE, 0.1)
 
 
 def test_lookahead_is_an_average_taken_every_few_steps():

@@ -364,6 +364,21 @@ def test_deltas_are_added_to_the_parameters_they_are_of_alone():
   jax.tree.map(np.testing.assert_array_equal, optax.apply_updates(on_host, updates), backwards)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('format', [lpmm.INT4, lpmm.INT8, lpmm.INT16, lpmm.BFLOAT16], ids=str)
+def test_updates_are_dequantized_to_what_values_change_by(format, dtype):
+  dense = jax.random.normal(jax.random.key(0), (64, 64)).astype(dtype)
+  params = {'w': lpmm.quantize(dense, format), 'b': jnp.ones(3)}
+  tx = lpmm.sgdm(10.0)
+  updates, _ = tx.update({'w': dense, 'b': jnp.ones(3)}, tx.init(params), params)
+  new = optax.apply_updates(params, updates)
+  values = [lpmm.dequantize(tree, jnp.float32) for tree in (new, params)]
+  changes = lpmm.dequantize(updates)
+  assert changes['w'].dtype == dtype
+  np.testing.assert_array_equal(changes['w'], (values[0]['w'] - values[1]['w']).astype(dtype))
+  np.testing.assert_array_equal(changes['b'], updates['b'])
+
+
 def test_schedule_free_is_evaluated_by_one_call():
   wrap = lambda tx: contrib.schedule_free(tx, 0.01)
   tx, params = lpmm.low_precision(wrap(optax.sgd(0.01))), PARAMS
