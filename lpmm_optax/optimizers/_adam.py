@@ -76,7 +76,7 @@ def _choose_feedback(
 ) -> _feedback.Feedback | None:
   """The feedback that the arguments ask for, after a check of `formats`."""
   _field_formats.check(formats, ('mu', 'nu'))
-  problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), nesterov)
+  problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), nesterov, least_bits=4)
   return _first_moment_feedback(hyper) if _feedback.decide(error_feedback, problem, formats, 'mu') else None
 
 
