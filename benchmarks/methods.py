@@ -23,12 +23,9 @@ LION_B1, LION_B2 = 0.9, 0.99
 
 NEAREST = dataclasses.replace(lpmm.INT8, rounding='nearest')
 BFLOAT16_NEAREST = dataclasses.replace(lpmm.BFLOAT16, rounding='nearest')
-# Blocks of 32 and of 256 are what 2.2 and 2.6 bytes have room for where rows are 64 wide, and biases count.
 FOUR_BITS = dataclasses.replace(lpmm.INT4, block_size=32)
-FOUR_BIT_NU = {
-  'mu': dataclasses.replace(lpmm.INT8, block_size=256),
-  'nu': dataclasses.replace(lpmm.UINT4_SQRT, block_size=256),
-}
+# Blocks of 256 save the hundredth of a byte that rows of 64 and biases take more than the rows of a large model.
+FOUR_BIT_NU = {'mu': dataclasses.replace(lpmm.INT8, block_size=256), 'nu': lpmm.UINT4_SQRT}
 ADAM_NEAREST = {'mu': NEAREST, 'nu': dataclasses.replace(lpmm.UINT8_SQRT, rounding='nearest')}
 
 

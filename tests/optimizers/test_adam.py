@@ -262,17 +262,21 @@ def excess(tx, format, steps=1500, seeds=3):
   return descent(tx, format, steps, seeds)[:, -steps // 10 :].mean(axis=1)
 
 
+# Left of what rounding adds, over seeds and both schedules: .03 to .1 with moments in 8 bits, .16 with nu in 4; with both
+# in 4, .58, or .46 in blocks of 32, for errors that are fed back into a first moment of 4 bits are rounded there again.
+@pytest.mark.parametrize(
+  ('formats', 'left'), [('default', 0.2), *slow(({'nu': lpmm.UINT4_SQRT}, 0.25), (lpmm.INT4, 0.75))], ids=str
+)
 @pytest.mark.parametrize(
   'rate', [1e-3, *slow(lambda i: 1e-3 * (0.5 + 0.5 * jnp.cos(jnp.pi * i / 1500)))], ids=['flat', 'cosine']
 )
-def test_feedback_removes_most_of_what_rounding_adds_to_the_loss(rate):
+def test_feedback_removes_what_rounding_adds_to_the_loss(rate, formats, left):
   learning_rate = rate if not callable(rate) else lambda count: rate(jnp.asarray(count, jnp.float32))
   exact = excess(optax.adam(learning_rate), None)
-  fed_back = excess(lpmm.adam(learning_rate), lpmm.INT8) - exact
-  lost = excess(lpmm.adam(learning_rate, error_feedback=False), lpmm.INT8) - exact
+  fed_back = excess(lpmm.adam(learning_rate, formats=formats), lpmm.INT8) - exact
+  lost = excess(lpmm.adam(learning_rate, formats=formats, error_feedback=False), lpmm.INT8) - exact
   assert (lost > 0).all()
-  # 0.03 to 0.1 over seeds and both schedules.
-  assert (fed_back < 0.2 * lost).all()
+  assert (fed_back < left * lost).all()
 
 
 def restarts(count):
@@ -355,7 +359,7 @@ def test_feedback_is_on_where_it_can_be():
   default = run()
   np.testing.assert_array_equal(default, run(error_feedback=True))
   assert (default != run(error_feedback=False)).any()
-  for kwargs in ({'nesterov': True}, {'formats': None}, {'formats': {'mu': lpmm.INT4}}, {'b1': 0.0}):
+  for kwargs in ({'nesterov': True}, {'formats': None}, {'b1': 0.0}):
     np.testing.assert_array_equal(run(**kwargs), run(error_feedback=False, **kwargs))
 
 
@@ -363,8 +367,7 @@ def test_feedback_is_on_where_it_can_be():
   ('kwargs', 'reason'),
   [
     ({'formats': {'mu': lpmm.Format(rounding='nearest')}}, 'oscillates'),
-    ({'formats': {'mu': lpmm.INT4}}, '8 bits'),
-    ({'formats': {'mu': [('kernel', lpmm.INT4)]}}, '8 bits'),
+    ({'formats': {'mu': [('kernel', lpmm.Format(bits=4, rounding='nearest'))]}}, 'oscillates'),
     ({'nesterov': True}, 'nesterov'),
     ({'b1': 0.0}, 'b1'),
   ],
