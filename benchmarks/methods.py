@@ -149,10 +149,10 @@ METHODS = {
     'adamw', lpmm.INT8, our_adamw(True, FOUR_BIT_NU), lpmm.INT8, 'adamw-fp32', '4-bit second moment, feedback'
   ),
   'adamw-8/4': Method(
-    'adamw', lpmm.INT8, our_adamw(True, FOUR_BITS), lpmm.INT8, 'adamw-fp32', '4-bit moments in blocks of 32, feedback'
+    'adamw', lpmm.INT8, our_adamw(True, FOUR_BITS), lpmm.INT8, 'adamw-fp32', '4-bit moments, feedback'
   ),
   'adamw-8/4-plain': Method(
-    'adamw', lpmm.INT8, our_adamw(False, FOUR_BITS), lpmm.INT8, 'adamw-fp32', '4-bit moments in blocks of 32, stochastic'
+    'adamw', lpmm.INT8, our_adamw(False, FOUR_BITS), lpmm.INT8, 'adamw-fp32', '4-bit moments, stochastic'
   ),
   'adamw-flash': Method('adamw', jnp.bfloat16, flash_adamw, None, 'adamw-fp32', 'flashoptim-jax'),
   'lion-fp32': Method('lion', jnp.float32, optax_lion, 'optax', 'lion-fp32', 'optax.lion, float32'),

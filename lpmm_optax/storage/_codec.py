@@ -155,10 +155,10 @@ class LinearCodec:
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
     """Rounds new values of what is stored already.
 
-    A block whose absmax still fits its stored scale (is at most its largest value and at least 7/8 of that, or any less
-    for the least scale) keeps that scale, and there the code is an integer base to which only the change is added and
-    rounded. No change then changes nothing, and one far below the precision of a float32
-    sum is still rounded without bias. On the square-root grid, the change is that of the root.
+    A block whose absmax still fits its stored scale (is at most its largest value and at least 7/8 of that, 2/3 in
+    `UINT4_SQRT`, or any less for the least scale) keeps that scale, and there the code is an integer base to which only
+    the change is added and rounded. No change then changes nothing, and one far below the precision of a float32 sum is
+    still rounded without bias. On the square-root grid, the change is that of the root.
 
     Args:
       old: the tile as it is stored.
@@ -199,7 +199,7 @@ class LinearCodec:
   def _keeps(self, scale: jax.Array, absmax: jax.Array) -> jax.Array:
     """Whether blocks keep a stored scale, given their new absmax."""
     # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
-    is_tight = (absmax >= scale * np.float32(self.format.max_code * 7 // 8)) | (scale == np.float32(_MIN_SCALE))
+    is_tight = (absmax >= scale * np.float32(self.format.least_largest_code)) | (scale == np.float32(_MIN_SCALE))
     return (absmax <= scale * np.float32(self.format.max_code)) & is_tight
 
   def _first_scale(self, value: jax.Array, absmax: jax.Array, precision: Any) -> jax.Array:

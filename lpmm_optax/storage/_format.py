@@ -98,6 +98,15 @@ class Format:
     return 2 ** (self.bits - self.signed) - 1
 
   @property
+  def least_largest_code(self) -> int:
+    """How small the largest code of a block may become before the block takes a fresh scale.
+
+    Seven eighths of the largest. Of 15 codes that is two, between which a largest second moment does not stay: 7 % of
+    the blocks were rounded anew in each step with a decay of .999, and roots strayed by 39 % rather than 31 %.
+    """
+    return 10 if self.max_code == 15 else self.max_code * 7 // 8
+
+  @property
   def fraction_bits(self) -> int:
     """Random bits per rounding: as many as leave room for a code, twice over, and a sign in an int32.
 

@@ -262,8 +262,8 @@ def excess(tx, format, steps=1500, seeds=3):
   return descent(tx, format, steps, seeds)[:, -steps // 10 :].mean(axis=1)
 
 
-# Left of what rounding adds, over seeds and both schedules: .03 to .1 with moments in 8 bits, .16 with nu in 4; with both
-# in 4, .58, or .46 in blocks of 32, for errors that are fed back into a first moment of 4 bits are rounded there again.
+# Left of what rounding adds: .03 to .1 with moments in 8 bits, .16 with nu in 4; with both in 4, .58, or .46 in blocks
+# of 32, for errors that are fed back into a first moment of 4 bits are rounded there again.
 @pytest.mark.parametrize(
   ('formats', 'left'), [('default', 0.2), *slow(({'nu': lpmm.UINT4_SQRT}, 0.25), (lpmm.INT4, 0.75))], ids=str
 )
