@@ -38,8 +38,8 @@ def test_state_that_hardly_moves_drifts_no_further_than_a_parameter():
   assert np.sqrt(np.mean(drift**2)) < 1
 
 
-@pytest.mark.parametrize('share', [0.01, *slow(0.3, 0.03)])
-@pytest.mark.parametrize(('format', 'largest'), [(lpmm.UINT8_SQRT, 1.1), (lpmm.UINT4_SQRT, 1.4)], ids=str)
+@pytest.mark.parametrize('share', [0.01, *slow(0.3, 0.1, 0.03)])
+@pytest.mark.parametrize(('format', 'largest'), [(lpmm.UINT8_SQRT, 1.1), (lpmm.UINT4_SQRT, 1.25)], ids=str)
 def test_a_second_moment_far_below_the_largest_of_its_block_is_not_inflated(format, largest, share):
   deviation = jnp.full((32, 128), share).at[:, 0].set(1.0)
   gradient = lambda i: deviation * jax.random.normal(jax.random.key(i), deviation.shape)
@@ -47,7 +47,7 @@ def test_a_second_moment_far_below_the_largest_of_its_block_is_not_inflated(form
   ours = optax.tree.get(trained(lpmm.adam(0.0, formats={'nu': format}), params, gradient, 5000)[1], 'nu')
   exact = optax.tree.get(trained(optax.adam(0.0), params, gradient, 5000)[1], 'nu')
   # Under the least code, 1/255 or 1/15 of the block's largest root, that code is held. Where the root is a few of them,
-  # rounding that would go below it adds up to 6 % of 8 bits, and 31 % of 4 (.15 to 4.5 steps).
+  # rounding that would go below it adds up to 6 % of 8 bits, and 18 % of 4 (at 1.3 steps).
   expected = np.maximum(np.sqrt(exact), grid_steps(ours))
   ratio = np.mean(np.sqrt(lpmm.dequantize(ours))[:, 1:]) / np.mean(expected[:, 1:])
   assert 0.95 < ratio < largest
