@@ -119,6 +119,7 @@ def on_an_h100():
   [
     ('accumulation', lpmm.INT8, (509, 64)),
     *slow(
+      ('adamw, int4', lpmm.INT8, (509, 64)),
       ('sgdm', lpmm.INT16, (3, 3, 64, 64)),
       ('lion', lpmm.BFLOAT16, (131072,)),
       ('rmsprop', lpmm.INT8, updates.SHAPE),
