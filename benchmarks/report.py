@@ -49,6 +49,8 @@ SUMMARY = (
   'sgdm-8-nearest',
   'adamw-fp32',
   'adamw-8',
+  'adamw-8/8/4',
+  'adamw-8/4',
   'adamw-8-nearest',
   'lion-fp32',
   'lion-8',
@@ -56,6 +58,8 @@ SUMMARY = (
 SHORT_SUMMARY = (
   'adamw-fp32',
   'adamw-8',
+  'adamw-8/8/4',
+  'adamw-8/4',
   'adamw-flash',
   'sgdm-fp32-velocity',
   'sgdm-8',
@@ -197,10 +201,11 @@ def spread(values: list[float], decimals: int) -> str:
 
 
 def with_interval(differences: list[float], decimals: int) -> str:
-  """Empty if there are none."""
+  """Empty if there are none, and without an interval if there is one."""
   if not differences:
     return ''
-  return f'{statistics.fmean(differences):+.{decimals}f} ± {interval(differences):.{decimals}f}'
+  mean = f'{statistics.fmean(differences):+.{decimals}f}'
+  return f'{mean} ± {interval(differences):.{decimals}f}' if len(differences) > 1 else mean
 
 
 # ---------------------------------------------------------------------------------------------------------------------

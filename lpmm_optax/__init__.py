@@ -31,6 +31,7 @@ from lpmm_optax.storage._format import BFLOAT16
 from lpmm_optax.storage._format import INT4
 from lpmm_optax.storage._format import INT8
 from lpmm_optax.storage._format import INT16
+from lpmm_optax.storage._format import UINT4_SQRT
 from lpmm_optax.storage._format import UINT8_SQRT
 from lpmm_optax.storage._format import Format
 from lpmm_optax.training._backward import value_and_step
@@ -58,6 +59,7 @@ __all__ = [
   'INT8',
   'INT16',
   'INTO_MOMENTUM',
+  'UINT4_SQRT',
   'UINT8_SQRT',
   'ClipByPreviousNormState',
   'EagerStepWarning',

@@ -18,6 +18,7 @@ OPTIMIZERS = {
   'sgdm': lambda **formats: lpmm.sgdm(0.1, weight_decay=0.01, **formats),
   'sgdm without feedback': lambda **formats: lpmm.sgdm(0.1, error_feedback=False, **formats),
   'adamw': lambda **formats: lpmm.adamw(0.01, **formats),
+  'adamw, int4': lambda: lpmm.adamw(0.01, formats=lpmm.INT4),
   'lion': lambda **formats: lpmm.lion(0.01, **formats),
   'rmsprop': lambda **formats: lpmm.low_precision(optax.rmsprop(0.01, momentum=0.9), **formats),
   'accumulation': lambda **formats: lpmm.MultiSteps(lpmm.adamw(0.01, **formats), 2, accumulator=lpmm.INT8),

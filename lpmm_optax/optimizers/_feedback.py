@@ -39,7 +39,9 @@ def _may_be(formats: _field_formats.Formats, field: str) -> list[Format | None]:
   return [] if callable(wanted) else [format for _, format in wanted]
 
 
-def problem_with(formats: _field_formats.Formats, field: str, decay: tuple[str, Any], nesterov: bool) -> str | None:
+def problem_with(
+  formats: _field_formats.Formats, field: str, decay: tuple[str, Any], nesterov: bool, least_bits: int
+) -> str | None:
   """Why rounding errors cannot be put into a momentum, given its decay with the argument's name; None if they can."""
   name, value = decay
   if value is None or (_hyperparams.is_known(value) and not 0 < value < 1):
@@ -49,8 +51,8 @@ def problem_with(formats: _field_formats.Formats, field: str, decay: tuple[str, 
   for format in _may_be(formats, field):
     if format is not None and format.rounding == 'nearest':
       return f'it oscillates when the momentum is rounded to nearest ({format})'
-    if format is not None and format.bits < 8:
-      return f'it diverges with a momentum of fewer than 8 bits ({format})'
+    if format is not None and format.bits < least_bits:
+      return f'it diverges with a momentum of fewer than {least_bits} bits ({format})'
   return None
 
 

@@ -275,10 +275,11 @@ def low_precision(
       `BFLOAT16` or dense, for a maximum over all steps; none where a root is taken of a difference of two fields.
       `memory_report` says which, and why. Decays and rates are taken to lie between 0 and 1, and decays that follow
       from the step as they are late in training; one that comes from elsewhere is not known, and not taken for slow.
-      One Format is for every field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for 8 bits
-      or fewer, and of 16 bits a field takes `INT16` or `BFLOAT16`, whichever holds it. None keeps all state dense. A
-      dict {field: ...} gives a Format, None, or, as in `quantize`, a list of (regular expression, Format or None) or a
-      function of (path, leaf), for the fields it names, such as 'mu'; the others keep their defaults.
+      One Format is for every field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for `INT8`
+      and `UINT4_SQRT` for `INT4`, and of 16 bits a field takes `INT16` or `BFLOAT16`, whichever holds it. None keeps
+      all state dense. A dict {field: ...} gives a Format, None, or, as in `quantize`, a list of (regular expression,
+      Format or None) or a function of (path, leaf), for the fields it names, such as 'mu'; the others keep their
+      defaults.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: manual mesh axes over which parameters are sharded, so that every shard rounds with bits of its own, in

@@ -235,7 +235,7 @@ def sgdm(
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
   _field_formats.check(formats, ('trace',))
   learning_rate = _hyperparams.checked('learning_rate', learning_rate)
-  problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), nesterov)
+  problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), nesterov, least_bits=8)
   error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
   weight_decay = _hyperparams.check('weight_decay', weight_decay)
   # One structure of the state whatever the weight decay, which inject_hyperparams makes a tracer.

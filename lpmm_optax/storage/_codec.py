@@ -127,9 +127,18 @@ class LinearCodec:
 
   def decode(self, stored: Stored) -> jax.Array:
     """Stored tile to float32 values in view; exact, and NaN throughout a poisoned block."""
-    codes = self.blocks.view.split(stored.codes).astype(jnp.float32)
-    value = codes * self.blocks.spread(from_bfloat16_bits(stored.scales))
+    value = self._codes(stored).astype(jnp.float32) * self.blocks.spread(from_bfloat16_bits(stored.scales))
     return value * value if self.squares else value
+
+  def _codes(self, stored: Stored) -> jax.Array:
+    """In view, as integers that have their values."""
+    codes = self.blocks.view.split(stored.codes)
+    return codes.astype(jnp.int32) & 15 if self._lacks_sign else codes
+
+  @property
+  def _lacks_sign(self) -> bool:
+    """Whether codes are stored as a signed integer of the same bits."""
+    return not self.format.signed and jnp.issubdtype(self.format.code_dtype, jnp.signedinteger)
 
   def step(self, stored: Stored) -> jax.Array:
     """The distance of neighbouring codes, which broadcasts against the cell view; of their roots for squares."""
@@ -146,10 +155,10 @@ class LinearCodec:
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
     """Rounds new values of what is stored already.
 
-    A block whose absmax still fits its stored scale (is at most its largest value and at least 7/8 of that, or any less
-    for the least scale) keeps that scale, and there the code is an integer base to which only the change is added and
-    rounded. No change then changes nothing, and one far below the precision of a float32
-    sum is still rounded without bias. On the square-root grid, the change is that of the root.
+    A block whose absmax still fits its stored scale (is at most its largest value and at least 7/8 of that, 2/3 in
+    `UINT4_SQRT`, or any less for the least scale) keeps that scale, and there the code is an integer base to which only
+    the change is added and rounded. No change then changes nothing, and one far below the precision of a float32 sum is
+    still rounded without bias. On the square-root grid, the change is that of the root.
 
     Args:
       old: the tile as it is stored.
@@ -163,7 +172,7 @@ class LinearCodec:
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
     value, absmax = self._storable(value)
     old_scale = from_bfloat16_bits(old.scales)
-    codes = self.blocks.view.split(old.codes)
+    codes = self._codes(old)
     if delta is None:
       delta = value - codes.astype(jnp.float32) * self.blocks.spread(old_scale)
     kept = self._keeps(old_scale, absmax)
@@ -190,7 +199,7 @@ class LinearCodec:
   def _keeps(self, scale: jax.Array, absmax: jax.Array) -> jax.Array:
     """Whether blocks keep a stored scale, given their new absmax."""
     # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
-    is_tight = (absmax >= scale * np.float32(self.format.max_code * 7 // 8)) | (scale == np.float32(_MIN_SCALE))
+    is_tight = (absmax >= scale * np.float32(self.format.least_largest_code)) | (scale == np.float32(_MIN_SCALE))
     return (absmax <= scale * np.float32(self.format.max_code)) & is_tight
 
   def _first_scale(self, value: jax.Array, absmax: jax.Array, precision: Any) -> jax.Array:
@@ -248,7 +257,10 @@ class LinearCodec:
   def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
     """What to store, codes in view, and the error (wanted - stored) of the linear grid, float32 in view."""
     fraction_bits = self.format.fraction_bits
-    codes = (payload.word >> (fraction_bits + 1)).astype(self.format.code_dtype)
+    codes = payload.word >> (fraction_bits + 1)
+    if self._lacks_sign:
+      codes = codes << 28 >> 28
+    codes = codes.astype(self.format.code_dtype)
     error = (payload.word << (31 - fraction_bits)) >> (31 - fraction_bits)
     error = error.astype(jnp.float32) * np.float32(2.0**-fraction_bits)
     return Stored(codes, payload.extra), error * self.blocks.spread(from_bfloat16_bits(payload.extra))

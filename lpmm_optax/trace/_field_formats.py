@@ -46,7 +46,7 @@ def _same_for_all(format: Format, is_nonnegative: bool, uses: Collection[_uses.U
   """One Format given for every field, on the grid that a field's values need."""
   if format.bits < 16:
     if is_nonnegative and format.signed:
-      return dataclasses.replace(_format.UINT8_SQRT, block_size=format.block_size, rounding=format.rounding)
+      return dataclasses.replace(format, signed=False, grid='sqrt')
     return format
   holds = lambda x: all(_uses.holds(x, use) for use in uses)
   if is_nonnegative or not holds(format):

@@ -44,6 +44,7 @@ OPTIMIZERS = {
   'sgdm': functools.partial(lpmm.sgdm, 0.1, weight_decay=0.01),
   'sgdm without feedback': functools.partial(lpmm.sgdm, 0.1, weight_decay=0.01, error_feedback=False),
   'adamw': functools.partial(lpmm.adamw, 0.01),
+  'adamw, int4': functools.partial(lpmm.adamw, 0.01, formats=lpmm.INT4),
   'lion': functools.partial(lpmm.lion, 0.01),
 }
 
@@ -54,7 +55,7 @@ OPTIMIZERS = {
     ('adamw', lpmm.INT8),
     *slow(('sgdm', lpmm.INT8)),
     *slow(*(('sgdm', format) for format in (lpmm.INT4, lpmm.INT16, lpmm.BFLOAT16))),
-    *slow(('sgdm without feedback', lpmm.INT8), ('lion', lpmm.INT8)),
+    *slow(('sgdm without feedback', lpmm.INT8), ('lion', lpmm.INT8), ('adamw, int4', lpmm.INT8)),
   ],
   ids=str,
 )
@@ -68,7 +69,7 @@ SHAPES = [SHAPE, (131072,), (8, 127, 192), (320, 100), (509, 64), (64, 509)]
 
 @pytest.mark.parametrize(
   ('name', 'shape'),
-  [('adamw', SHAPE), *slow(*(('sgdm', shape) for shape in (*SHAPES, (3, 3, 64, 96))))],
+  [('adamw', SHAPE), *slow(('adamw, int4', (320, 128)), *(('sgdm', shape) for shape in (*SHAPES, (3, 3, 64, 96))))],
   ids=str,
 )
 def test_no_result_depends_on_the_tile_size(name, shape):
@@ -90,7 +91,7 @@ def on_one_device(name):
 CASES = [('sgdm', '4x2', P('x', 'y'))]
 CASES += slow(*(('sgdm', '4x2', spec) for spec in SPECS))
 CASES += slow(('sgdm', '1x2', P(None, 'y')), ('sgdm', '2x2', P('x', 'y')), ('sgdm', '8x1', P('x', None)))
-CASES += slow(('adamw', '4x2', P('x', 'y')), ('adamw', '4x1', P('x', None)))
+CASES += slow(('adamw', '4x2', P('x', 'y')), ('adamw', '4x1', P('x', None)), ('adamw, int4', '4x2', P('x', 'y')))
 
 
 @pytest.mark.parametrize(('name', 'mesh', 'spec'), CASES, ids=str)

@@ -38,16 +38,19 @@ def test_state_that_hardly_moves_drifts_no_further_than_a_parameter():
   assert np.sqrt(np.mean(drift**2)) < 1
 
 
-@pytest.mark.parametrize('share', [0.01, *slow(0.3, 0.03)])
-def test_a_second_moment_far_below_the_largest_of_its_block_is_not_inflated(share):
+@pytest.mark.parametrize('share', [0.01, *slow(0.3, 0.1, 0.03)])
+@pytest.mark.parametrize(('format', 'largest'), [(lpmm.UINT8_SQRT, 1.1), (lpmm.UINT4_SQRT, 1.25)], ids=str)
+def test_a_second_moment_far_below_the_largest_of_its_block_is_not_inflated(format, largest, share):
   deviation = jnp.full((32, 128), share).at[:, 0].set(1.0)
   gradient = lambda i: deviation * jax.random.normal(jax.random.key(i), deviation.shape)
   params = jnp.zeros(deviation.shape)
-  ours = optax.tree.get(trained(lpmm.adam(0.0), params, gradient, 5000)[1], 'nu')
+  ours = optax.tree.get(trained(lpmm.adam(0.0, formats={'nu': format}), params, gradient, 5000)[1], 'nu')
   exact = optax.tree.get(trained(optax.adam(0.0), params, gradient, 5000)[1], 'nu')
-  ratio = float(jnp.mean(lpmm.dequantize(ours)[:, 1:]) / jnp.mean(exact[:, 1:]))
-  # The least code is 1/255 of the block's largest root; at 1 % that is a coarse grid, whose rounding adds a quarter.
-  assert 0.95 < ratio < 1.33
+  # Under the least code, 1/255 or 1/15 of the block's largest root, that code is held. Where the root is a few of them,
+  # rounding that would go below it adds up to 6 % of 8 bits, and 18 % of 4 (at 1.3 steps).
+  expected = np.maximum(np.sqrt(exact), grid_steps(ours))
+  ratio = np.mean(np.sqrt(lpmm.dequantize(ours))[:, 1:]) / np.mean(expected[:, 1:])
+  assert 0.95 < ratio < largest
 
 
 NOTHING = {

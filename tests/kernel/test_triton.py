@@ -19,6 +19,7 @@ CASES = [
   ('adamw', lpmm.INT8, (509, 64), 'update'),
   *slow(
     ('sgdm', lpmm.INT4, (509, 64), 'step'),
+    ('adamw, int4', lpmm.INT8, (509, 64), 'step'),
     ('sgdm without feedback', lpmm.INT4, (3, 3, 64, 64), 'update'),
     ('sgdm', lpmm.INT8, (256, 1024), 'step'),
     ('sgdm', lpmm.INT8, (509, 64), 'step'),
@@ -118,6 +119,7 @@ def on_an_h100():
   [
     ('accumulation', lpmm.INT8, (509, 64)),
     *slow(
+      ('adamw, int4', lpmm.INT8, (509, 64)),
       ('sgdm', lpmm.INT16, (3, 3, 64, 64)),
       ('lion', lpmm.BFLOAT16, (131072,)),
       ('rmsprop', lpmm.INT8, updates.SHAPE),

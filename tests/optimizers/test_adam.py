@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from runs import gradients
+from runs import grid_steps
 from runs import slow
 from runs import train
 from runs import tree
@@ -77,10 +78,13 @@ def test_state_of_half_precision_parameters_is_float32_where_it_is_dense():
 # show every step of the optimizer, and it alone.
 # ---------------------------------------------------------------------------------------------------------------------
 
+# The first two in 8 bits.
 LOW_PRECISION = {
   'with feedback': lambda **kwargs: lpmm.adam(0.01, **kwargs),
   # The same as lpmm.adam without feedback, and with the formats that are found, not named.
   'low_precision(optax.adam)': lambda **kwargs: lpmm.low_precision(optax.adam(0.01, **kwargs)),
+  '4-bit moments': lambda **kwargs: lpmm.adam(0.01, formats=lpmm.INT4, **kwargs),
+  '4-bit nu': lambda **kwargs: lpmm.adam(0.01, formats={'nu': lpmm.UINT4_SQRT}, **kwargs),
 }
 EACH = pytest.mark.parametrize('make', LOW_PRECISION.values(), ids=LOW_PRECISION)
 SHAPE = (64, 128)
@@ -111,19 +115,23 @@ def test_averages_decay_beside_a_maximum_that_is_refreshed_every_step(make, scal
   ours, state = trajectory(make(), grad, 400)
   exact, exact_state = trajectory(optax.adam(0.01), grad, 400)
   others = np.asarray(keep) == 0
+  nu = optax.tree.get(state, 'nu')
+  # A root under the least code, here .45 codes of 4 bits at the smallest scale, makes steps smaller, and never larger.
+  least = 0.75 if scale * nu.format.max_code > 1 else 0.0
   size = lambda moves, window: np.abs(moves[window][:, others].mean(axis=1)).mean()
   signed = np.asarray(signs)
   for window in (slice(0, 20), slice(20, 30), slice(30, 45)):
     ratio = (ours * signed)[window][:, others].mean() / (exact * signed)[window][:, others].mean()
-    assert abs(ratio - 1) < 0.25
+    assert least < ratio < 1.25
   # All of a momentum arrives, and what is left after it has decayed is nothing.
   total = lambda moves: (moves * signed)[20:][:, others].sum(axis=0).mean()
-  assert abs(total(ours) / total(exact) - 1) < 0.25
+  assert least < total(ours) / total(exact) < 1.25
   assert size(ours, slice(300, 400)) < 1e-3 * size(exact, slice(0, 20))
-  nu = np.asarray(lpmm.dequantize(optax.tree.get(state, 'nu')))
-  ratio = nu[others].mean() / np.asarray(optax.tree.get(exact_state, 'nu'))[others].mean()
-  # At the smallest scale the exact root has sunk to 1.4 grid steps, under which a code of 1 is held.
-  assert (abs(ratio - 1) < 0.25) if scale > 0.03 else (0.75 < ratio < 4)
+  exact_root = np.sqrt(np.asarray(optax.tree.get(exact_state, 'nu')))
+  # Under a grid step, a code of 1 is held. Exact roots have sunk to 51, 5 and 1.5 steps of 8 bits, and to 3, .3 and .1
+  # of 4.
+  expected = np.maximum(exact_root, grid_steps(nu))[others].mean()
+  assert abs(np.sqrt(np.asarray(lpmm.dequantize(nu)))[others].mean() / expected - 1) < 0.25
 
 
 @EACH
@@ -179,16 +187,22 @@ def test_scaling_all_gradients_changes_nothing(make, exponent):
   np.testing.assert_array_equal(scaled, plain)
 
 
-@EACH
+# What 100 steps along noise correlate with those of float32 at least, and by what part they may be longer. Rounding of
+# both moments is noise of a few per cent per step in 8 bits. Of a first moment in 4, it is of its own size after some
+# steps; in blocks of 32 the correlation is .955, in those of 128 here .936, and with 4 bits for nu alone .994.
+CLOSENESS = dict.fromkeys(LOW_PRECISION, (0.99, 0.05)) | {'4-bit moments': (0.92, 0.1)}
+
+
+@pytest.mark.parametrize('name', LOW_PRECISION)
 @pytest.mark.parametrize('scale', [1e-10, 1e10, *slow(1e-5, 1e5)])
-def test_steps_are_those_of_float32_at_any_scale_of_the_gradients(make, scale):
+def test_steps_are_those_of_float32_at_any_scale_of_the_gradients(name, scale):
   noise = lambda i: scale * jax.random.normal(jax.random.fold_in(jax.random.key(8), i), SHAPE)
-  ours, _ = trajectory(make(eps=1e-30), noise, 100)
+  ours, _ = trajectory(LOW_PRECISION[name](eps=1e-30), noise, 100)
   exact, _ = trajectory(optax.adam(0.01, eps=1e-30), noise, 100)
   ours, exact = ours.sum(axis=0), exact.sum(axis=0)
-  # Rounding of both moments is noise of a few per cent per step, of 100 that add up at random.
-  assert np.corrcoef(ours.ravel(), exact.ravel())[0, 1] > 0.99
-  assert abs(ours.std() / exact.std() - 1) < 0.05
+  correlation, excess = CLOSENESS[name]
+  assert np.corrcoef(ours.ravel(), exact.ravel())[0, 1] > correlation
+  assert abs(ours.std() / exact.std() - 1) < excess
 
 
 @pytest.mark.slow
@@ -250,17 +264,21 @@ def excess(tx, format, steps=1500, seeds=3):
   return descent(tx, format, steps, seeds)[:, -steps // 10 :].mean(axis=1)
 
 
+# Left of what rounding adds: .03 to .1 with moments in 8 bits, .16 with nu in 4; with both in 4, .58, or .46 in blocks
+# of 32, for errors that are fed back into a first moment of 4 bits are rounded there again.
+@pytest.mark.parametrize(
+  ('formats', 'left'), [('default', 0.2), *slow(({'nu': lpmm.UINT4_SQRT}, 0.25), (lpmm.INT4, 0.75))], ids=str
+)
 @pytest.mark.parametrize(
   'rate', slow(1e-3, lambda i: 1e-3 * (0.5 + 0.5 * jnp.cos(jnp.pi * i / 1500))), ids=['flat', 'cosine']
 )
-def test_feedback_removes_most_of_what_rounding_adds_to_the_loss(rate):
+def test_feedback_removes_what_rounding_adds_to_the_loss(rate, formats, left):
   learning_rate = rate if not callable(rate) else lambda count: rate(jnp.asarray(count, jnp.float32))
   exact = excess(optax.adam(learning_rate), None)
-  fed_back = excess(lpmm.adam(learning_rate), lpmm.INT8) - exact
-  lost = excess(lpmm.adam(learning_rate, error_feedback=False), lpmm.INT8) - exact
+  fed_back = excess(lpmm.adam(learning_rate, formats=formats), lpmm.INT8) - exact
+  lost = excess(lpmm.adam(learning_rate, formats=formats, error_feedback=False), lpmm.INT8) - exact
   assert (lost > 0).all()
-  # 0.03 to 0.1 over seeds and both schedules.
-  assert (fed_back < 0.2 * lost).all()
+  assert (fed_back < left * lost).all()
 
 
 def restarts(count):
@@ -343,7 +361,7 @@ def test_feedback_is_on_where_it_can_be():
   default = run()
   np.testing.assert_array_equal(default, run(error_feedback=True))
   assert (default != run(error_feedback=False)).any()
-  for kwargs in ({'nesterov': True}, {'formats': None}, {'formats': {'mu': lpmm.INT4}}, {'b1': 0.0}):
+  for kwargs in ({'nesterov': True}, {'formats': None}, {'b1': 0.0}):
     np.testing.assert_array_equal(run(**kwargs), run(error_feedback=False, **kwargs))
 
 
@@ -351,8 +369,7 @@ def test_feedback_is_on_where_it_can_be():
   ('kwargs', 'reason'),
   [
     ({'formats': {'mu': lpmm.Format(rounding='nearest')}}, 'oscillates'),
-    ({'formats': {'mu': lpmm.INT4}}, '8 bits'),
-    ({'formats': {'mu': [('kernel', lpmm.INT4)]}}, '8 bits'),
+    ({'formats': {'mu': [('kernel', lpmm.Format(bits=4, rounding='nearest'))]}}, 'oscillates'),
     ({'nesterov': True}, 'nesterov'),
     ({'b1': 0.0}, 'b1'),
   ],

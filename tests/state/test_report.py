@@ -30,10 +30,15 @@ def test_bytes_per_parameter_on_large_leaves():
 
 def test_bytes_per_parameter_of_adamw_and_lion():
   params, accumulator = stored(LARGE, lpmm.INT8), stored(LARGE, lpmm.Format(block_size=128))
-  for tx, moments in ((lpmm.adamw(0.1), 2), (lpmm.lion(0.1), 1)):
-    state = tx.init(params)
-    report = lpmm.memory_report(params, state)
-    assert report.bytes_per_param == pytest.approx((1 + 2 / 64) + moments * (1 + 2 / 128), abs=1e-5)
+  eight, four = 1 + 2 / 128, 0.5 + 2 / 128
+  for tx, moments in (
+    (lpmm.adamw(0.1), 2 * eight),
+    (lpmm.adamw(0.1, formats={'nu': lpmm.UINT4_SQRT}), eight + four),
+    (lpmm.adamw(0.1, formats=lpmm.INT4), 2 * four),
+    (lpmm.lion(0.1), eight),
+  ):
+    report = lpmm.memory_report(params, tx.init(params))
+    assert report.bytes_per_param == pytest.approx((1 + 2 / 64) + moments, abs=1e-5)
   state = lpmm.adamw(0.1).init(params)
   assert lpmm.memory_report(params, state).bytes_per_param <= 3.10
   assert lpmm.memory_report(params, (state, accumulator)).bytes_per_param <= 4.13

@@ -12,6 +12,7 @@ from runs import grid_steps
 from runs import slow
 
 import lpmm_optax as lpmm
+from lpmm_optax.storage import _array
 from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _format
 from lpmm_optax.storage import _view
@@ -35,7 +36,7 @@ def test_a_format_without_storage_is_refused_by_argument(kwargs, extra):
 
 
 @pytest.mark.parametrize(
-  'kwargs', [{'bits': 4, 'signed': False}, {'grid': 'sqrt'}, {'grid': 'bfloat16'}, {'rounding': 'up'}]
+  'kwargs', [{'bits': 16, 'signed': False}, {'grid': 'sqrt'}, {'grid': 'bfloat16'}, {'rounding': 'up'}]
 )
 def test_contradictory_formats_are_refused(kwargs):
   with pytest.raises(ValueError, match=r'unsigned|grid|rounding'):
@@ -108,8 +109,9 @@ def test_codes_keep_the_shape_and_scales_the_rank():
   assert x.nbytes == x.size + 2 * x.size // 64
 
 
-def test_sub_byte_codes_are_counted_from_bit_widths():
-  x = lpmm.quantize(normal((128, 128)), lpmm.INT4)
+@pytest.mark.parametrize('format', [lpmm.INT4, lpmm.UINT4_SQRT], ids=str)
+def test_sub_byte_codes_are_counted_from_bit_widths(format):
+  x = _array.encode(jnp.abs(normal((128, 128))), format.with_block_size(64))
   assert x.codes.dtype == jnp.int4
   assert x.nbytes == 128 * 128 // 2 + 2 * 128 * 2
 
@@ -290,17 +292,27 @@ def test_a_stack_of_layers_can_be_scanned():
   np.testing.assert_array_equal(jax.vmap(lpmm.dequantize)(stack), lpmm.dequantize(stack))
 
 
-def test_the_square_root_grid_keeps_positive_values_positive():
+@pytest.mark.parametrize('format', [lpmm.UINT8_SQRT, lpmm.UINT4_SQRT], ids=str)
+def test_the_square_root_grid_keeps_positive_values_positive(format):
   blocks = _codec.Blocks(_view.Cells((1, 64), (1, 64)), 1, 64)
-  codec = _codec.LinearCodec(lpmm.UINT8_SQRT, blocks)
+  codec = _codec.LinearCodec(format, blocks)
   v = jnp.zeros((1, 1, 64)).at[0, 0, :3].set(jnp.array([1.0, 1e-12, 0.25]))
   bits = jax.random.bits(jax.random.key(0), v.shape, jnp.uint32)
   stored, _ = codec.finish(codec.encode(v, bits))
   back = np.asarray(codec.decode(stored._replace(codes=blocks.view.merge(stored.codes))))[0, 0]
-  assert stored.codes.dtype == jnp.uint8
+  assert stored.codes.dtype == format.code_dtype
   assert back[1] > 0
   assert np.all(back[3:] == 0)
-  np.testing.assert_allclose(back[[0, 2]], [1.0, 0.25], rtol=0.02)  # Codes near 255 and 127, each within one.
+  step = (1 + 2.0**-7) / format.max_code
+  np.testing.assert_allclose(np.sqrt(back[[0, 2]]), [1.0, 0.5], atol=step)
+
+
+@pytest.mark.parametrize('format', [lpmm.UINT8_SQRT, lpmm.UINT4_SQRT], ids=str)
+def test_every_unsigned_code_is_what_its_bits_say(format):
+  codes = np.arange(2**format.bits)
+  x = _array.encode(jnp.asarray((0.5 * codes) ** 2, jnp.float32), format.with_block_size(codes.size))
+  np.testing.assert_array_equal(np.asarray(x.codes).astype(int) % codes.size, codes)
+  np.testing.assert_array_equal(lpmm.dequantize(x), (0.5 * codes) ** 2)
 
 
 AS_AN_ARRAY = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lpmm_optax as lpmm
+from lpmm_optax.storage import _array
 
 SIZES = st.sampled_from([1, 2, 3, 7, 8, 31, 64, 97, 100, 128])
 SHAPES = st.one_of(
@@ -111,6 +112,27 @@ def test_what_is_decoded_and_stored_again_stays_as_it_is(x, format, key, factor)
   if format.bits < 16 or x.dtype == jnp.float32:
     again = lpmm.convert(lpmm.dequantize(moved), moved)
     np.testing.assert_array_equal(lpmm.dequantize(again), lpmm.dequantize(moved))
+
+
+@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.given(
+  x=arrays(st.just((8, 128)), st.just(jnp.float32)),
+  format=st.sampled_from([lpmm.UINT8_SQRT, lpmm.UINT4_SQRT]),
+  key=st.one_of(st.none(), st.integers(0, 2**31 - 1)),
+)
+def test_what_is_not_negative_is_stored_to_within_a_step_of_its_root_and_never_lost(x, format, key):
+  x = jnp.minimum(jnp.abs(x), 1e38)  # The largest code may be of a value that is 1.6 % above.
+  word = None if key is None else jax.random.bits(jax.random.key(key), (2,), jnp.uint32)
+  q = _array.encode(x, format.with_block_size(128), word=word)
+  values, y = np.asarray(x, np.float64), np.asarray(lpmm.dequantize(q), np.float64)
+  root, largest = np.sqrt(values), np.sqrt(block_maxima(values, q))
+  step = np.maximum(largest * (1 + 2.0**-7) / format.max_code, 2.0**-100)
+  assert np.all(np.abs(np.sqrt(y) - root) <= step * (1 + 1e-6))
+  # XLA on a CPU takes a subnormal number for zero.
+  normal = values >= float(jnp.finfo(jnp.float32).smallest_normal)
+  assert np.all((y > 0)[normal & (step > 2.0**-60)])
+  assert np.all(y[values == 0] == 0)
+  np.testing.assert_array_equal(lpmm.dequantize(_array.encode_as(lpmm.dequantize(q), q)), lpmm.dequantize(q))
 
 
 @pytest.mark.slow

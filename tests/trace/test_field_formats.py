@@ -50,7 +50,7 @@ def test_formats_by_field_and_by_path():
   assert formats() == ['int8', 'int8', 'uint8_sqrt', 'uint8_sqrt']
   assert formats(formats=None) == ['False'] * 4
   assert formats(formats=lpmm.INT8) == ['int8', 'int8', 'uint8_sqrt', 'uint8_sqrt']
-  assert formats(formats=lpmm.INT4) == ['int4', 'int4', 'uint8_sqrt', 'uint8_sqrt']
+  assert formats(formats=lpmm.INT4) == ['int4', 'int4', 'uint4_sqrt', 'uint4_sqrt']
   # The first moment follows the second, by which it is divided.
   assert formats(formats=lpmm.INT16) == ['bfloat16'] * 4
   assert formats(formats=lpmm.BFLOAT16) == ['bfloat16'] * 4
