@@ -89,6 +89,8 @@ def ours(method: Method) -> Any:
   """Of this library, without accumulation."""
   make = {'sgd': lpmm.sgdm, 'adamw': lpmm.adamw, 'lion': lpmm.lion}[method.optimizer]
   options: dict[str, Any] = {'error_feedback': False} if method.by == 'lpmm paper' else {}
+  if method.by == 'lpmm 4-bit':
+    options['formats'] = lpmm.Format(bits=4, block_size=32)
   if method.driver == 'loop in one tile':
     options['tile_size'] = GPU_TILE
   return make(0.1 if method.optimizer == 'sgd' else 1e-4, **options)

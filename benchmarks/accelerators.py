@@ -141,6 +141,7 @@ def make_methods() -> dict[str, Method]:
       if optimizer == 'sgd':
         methods[f'{name} paper, {driver}'] = Method(optimizer, 'lpmm paper', driver)
     methods[f'{name}{WITHOUT}, kernel'] = Method(optimizer, 'lpmm', 'kernel', accumulates=False)
+  methods[f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel'] = Method('adamw', 'lpmm 4-bit', 'kernel', accumulates=False)
   for dtype in ('fp32', 'bf16'):
     methods[f'optax.adamw {dtype}{WITHOUT}'] = Method('adamw', f'optax {dtype}', accumulates=False)
   return methods | LORA
@@ -166,6 +167,7 @@ FINETUNING = (
   'flash_adamw',
   ADAMW,
   f'lpmm.adamw{WITHOUT}, kernel',
+  f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel',
   f'lpmm.lion{WITHOUT}, kernel',
   *LORA,
 )
@@ -316,6 +318,7 @@ BOUNDS = (
   Bound(GPUS, TRAIN_8B, (ADAMW,), 'peak', 4.6, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM,), 'peak', 2.6, holds=False),
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.adamw{WITHOUT}, kernel',), 'peak', 3.6, holds=False),
+  Bound(('h100',), FINE_TUNE_8B, (f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel',), 'peak', 2.6, holds=False),
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.lion{WITHOUT}, kernel',), 'peak', 2.4, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM, ADAMW), 'compile ratio', 2, holds=False),
   Bound(('v5e',), TRAIN_1B, (ADAMW,), 'peak', 5.5, holds=False),
