@@ -7,11 +7,11 @@ from lpmm_optax.optimizers._adam import adamw
 from lpmm_optax.optimizers._clipping import ClipByPreviousNormState
 from lpmm_optax.optimizers._clipping import clip_by_previous_norm
 from lpmm_optax.optimizers._lion import lion
-from lpmm_optax.optimizers._low_precision import EagerStepWarning
-from lpmm_optax.optimizers._low_precision import InPlaceTransformation
 from lpmm_optax.optimizers._low_precision import LowPrecisionState
 from lpmm_optax.optimizers._low_precision import low_precision
 from lpmm_optax.optimizers._sgdm import sgdm
+from lpmm_optax.optimizers._transformation import EagerStepWarning
+from lpmm_optax.optimizers._transformation import InPlaceTransformation
 from lpmm_optax.state import _export as _export
 from lpmm_optax.state._convert import convert
 from lpmm_optax.state._outliers import OutlierReport

@@ -11,6 +11,7 @@ import optax
 from lpmm_optax.optimizers import _feedback
 from lpmm_optax.optimizers import _hyperparams
 from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.trace import _field_formats
 
 # For how many steps the learning rate is foreseen; what an error leaves in the first moment after them is beta_1^128.
@@ -99,7 +100,7 @@ def adam(
   key: jax.Array | None = None,
   tile_size: int | None = None,
   shard_axes: Sequence[str] = (),
-) -> _low_precision.InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   r"""Adam, with parameters and both moments stored in low precision.
 
   This is `optax.adam`, whose arguments it takes, rounded once per step: with dense parameters and ``formats=None`` it
@@ -189,7 +190,7 @@ def adamw(
   key: jax.Array | None = None,
   tile_size: int | None = None,
   shard_axes: Sequence[str] = (),
-) -> _low_precision.InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   """Adam with decoupled weight decay, with parameters and both moments stored in low precision.
 
   This is `optax.adamw`, whose arguments it takes; see `adam` for what low precision and error feedback add.

@@ -8,6 +8,7 @@ import optax
 
 from lpmm_optax.optimizers import _hyperparams
 from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.trace import _field_formats
 
 
@@ -23,7 +24,7 @@ def lion(
   key: jax.Array | None = None,
   tile_size: int | None = None,
   shard_axes: Sequence[str] = (),
-) -> _low_precision.InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   """Lion, with parameters and momentum stored in low precision.
 
   This is `optax.lion`, whose arguments it takes, rounded once per step: with dense parameters and ``formats=None`` it

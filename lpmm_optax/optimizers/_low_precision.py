@@ -1,8 +1,8 @@
 """From any Optax transformation to one whose parameters and state are stored in low precision.
 
 The inner transformation is the mathematics on dense values and knows nothing of bits; `_plan` finds what of it is
-elementwise, and `_update` runs that on one leaf, tile by tile. Here is the rest: formats, state, random words, checks,
-and what of the mathematics is not of one leaf.
+elementwise, and `_update` runs that on one leaf, tile by tile. Here is the rest: random words, checks, and what of the
+mathematics is not of one leaf.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import functools
-import itertools
 import types
 from typing import Any
 from typing import NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +22,14 @@ from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
 from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _feedback
+from lpmm_optax.optimizers import _first_state
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _random
 from lpmm_optax.trace import _field_formats
-from lpmm_optax.trace import _flows
 from lpmm_optax.trace import _plan
 from lpmm_optax.trace import _program
-from lpmm_optax.trace import _uses
 
 
 class LowPrecisionState(NamedTuple):
@@ -49,122 +47,6 @@ class LowPrecisionState(NamedTuple):
   inner_state: Any
 
 
-class EagerStepWarning(UserWarning):
-  """A loop takes its steps outside of `jax.jit`, which traces the optimizer anew each time."""
-
-
-_eager_steps = itertools.count(1)
-_MOST_EAGER_STEPS = 10  # One or two are somebody trying something out.
-
-
-def _warn_of_eager_steps(gradients: Any) -> None:
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(gradients)):
-    return
-  if next(_eager_steps) == _MOST_EAGER_STEPS:
-    warnings.warn(
-      'steps of lpmm_optax outside of jax.jit trace the optimizer anew, and take tens of times as long as a compiled '
-      'one; put the step under jax.jit, with parameters and state donated',
-      EagerStepWarning,
-      stacklevel=4,
-    )
-
-
-class InPlaceTransformation(optax.GradientTransformationExtraArgs):
-  """An Optax transformation that also has the in-place `step`.
-
-  Attributes:
-    init: `params -> state`.
-    update: `(gradients, state, params, **extra) -> (deltas, state)`, for `optax.apply_updates`. Deltas of quantized
-      parameters can be added to them and no more, and so are no results of a function that is jitted: jit both.
-    step: `(gradients, params, state, **extra) -> (params, state)`, without a tree of deltas.
-  """
-
-  step: Callable[..., tuple[Any, Any]]
-  # What there is behind it: the optimizer, if it is one and no wrapper, and what is to be known of it.
-  _optimizer: 'LowPrecision | None'
-  _explain: Callable[..., 'Explanation']
-
-  def __new__(cls, init, update, step, *, optimizer=None, explain=None):
-    def sealed(updates, state, params=None, **extra_args):
-      _warn_of_eager_steps(updates)
-      deltas, state = update(updates, state, params, **extra_args)
-      return _array.seal(deltas, params), state
-
-    def watched(gradients, params, state, **extra_args):
-      _warn_of_eager_steps(gradients)
-      return step(gradients, params, state, **extra_args)
-
-    self = super().__new__(cls, init, sealed)
-    self.step = watched
-    self._optimizer = optimizer
-    self._explain = explain or _nothing_to_explain
-    return self
-
-  def __copy__(self):
-    """Itself: functions are not copied, and nothing else is in it."""
-    return self
-
-  def __deepcopy__(self, memo):
-    """The same, where a train state is copied."""
-    return self
-
-  def _replace(self, **fields):
-    """With another `init` it keeps its in-place step; with another `update` it is a transformation without one."""
-    replaced = optax.GradientTransformationExtraArgs(self.init, self.update)._replace(**fields)
-    return replaced if 'update' in fields else _restore(type(self), replaced.init, replaced.update, vars(self))
-
-  def __reduce__(self):
-    """For cloudpickle and its like: `__new__` takes other arguments than a tuple's."""
-    return _restore, (type(self), self.init, self.update, vars(self))
-
-  def __init_subclass__(cls):
-    """So is it where one is an argument of `equinox.filter_jit`, which takes it apart as a pytree."""
-    _register(cls)
-
-
-def _register(cls: type) -> None:
-  flatten = lambda tx: ((tx.init, tx.update), tuple(vars(tx).items()))
-  unflatten = lambda attributes, functions: _restore(cls, functions[0], functions[1], dict(attributes))
-  jax.tree_util.register_pytree_node(cls, flatten, unflatten)
-
-
-_register(InPlaceTransformation)
-
-
-def _restore(cls, init, update, attributes):
-  self = optax.GradientTransformationExtraArgs.__new__(cls, init, update)
-  vars(self).update(attributes)
-  return self
-
-
-def optimizer_of(tx: Any) -> 'LowPrecision | None':
-  """The optimizer of this package that a transformation is; None if it is a wrapper, or another's."""
-  return tx._optimizer if isinstance(tx, InPlaceTransformation) else None
-
-
-class Explanation(NamedTuple):
-  """What an optimizer does with a tree of parameters.
-
-  Attributes:
-    obstacles: by path of the leaves that it processes whole rather than in tiles, the operation that is not
-      elementwise.
-    choices: by (field, path), how its state is stored and why.
-  """
-
-  obstacles: dict[str, str]
-  choices: dict[tuple[str, str], _field_formats.Choice]
-
-
-def _nothing_to_explain(params: Any, **extra_args: Any) -> Explanation:
-  del params, extra_args
-  return Explanation({}, {})
-
-
-def explain(tx: Any) -> Callable[..., Explanation]:
-  """`(params, **extra) -> Explanation`, of a transformation of this package."""
-  return tx._explain if isinstance(tx, InPlaceTransformation) else _nothing_to_explain
-
-
 class IntoMomentum(NamedTuple):
   """An optimizer whose momentum takes the gradients of all microbatches of a step, one after the other.
 
@@ -174,77 +56,9 @@ class IntoMomentum(NamedTuple):
     weight: `step -> float32[]`, what a gradient is multiplied by when it is added.
   """
 
-  tx: InPlaceTransformation
+  tx: _transformation.InPlaceTransformation
   field: str
   weight: Callable[[jax.Array], jax.Array]
-
-
-def _choose(
-  formats: _field_formats.Formats,
-  inner: optax.GradientTransformationExtraArgs,
-  params: _plan.Params,
-  leaves: list[Any],
-  graph: _program.Graph,
-  first: _plan.InnerState,
-) -> tuple[_uses.Uses, dict[int, _field_formats.Choice]]:
-  """What is done with the entries of the inner state, and how each is stored; `trace_init` gave graph and state."""
-  entries = first.entries
-  uses = _uses.Uses(entries)
-  try:
-    if formats is not None:
-      uses = _flows.find(graph, _plan.plan_first_update(inner, params, first))
-  except Exception:
-    # Only where a default has to be chosen must it be known what a field is for.
-    named = formats if isinstance(formats, Mapping) else ()
-    guessed = _field_formats.choose(formats, params, leaves, entries, uses)
-    if any(choice.format is not None and entries[e].field not in named for e, choice in guessed.items()):
-      raise
-  return uses, _field_formats.choose(formats, params, leaves, entries, uses)
-
-
-def _init_inner(
-  formats: _field_formats.Formats,
-  inner: optax.GradientTransformationExtraArgs,
-  params: _plan.Params,
-  leaves: list[Any],
-) -> Any:
-  """The inner transformation's first state, each array in its format."""
-  graph, first = _plan.trace_init(inner, params)
-  arrays = first.arrays
-  uses, choices = _choose(formats, inner, params, leaves, graph, first)
-  chosen = {e: choice.format for e, choice in choices.items()}
-  owned = _plan.owned(first.entries)
-
-  def from_params(e, leaves):
-    """An entry that is no constant: a copy of the parameters, or a random key."""
-    of_input = dict(zip(graph.inputs, params.active, strict=True))
-    leaf = leaves[owned[e]] if e in uses.copies else None
-    if leaf is not None and _array.is_quantized(leaf) and leaf.format == chosen[e]:
-      return jax.tree.map(jnp.copy, dataclasses.replace(leaf, dtype=arrays[e].dtype))
-
-    def argument(value):
-      if value in graph.known:
-        return graph.known[value]
-      return _array.dequantize(leaves[of_input[value]], graph.avals[value].dtype)
-
-    x = jnp.broadcast_to(graph.evaluate([graph.outputs[e]], argument)[graph.outputs[e]], arrays[e].shape)
-    x = _array.encode(x, chosen[e], arrays[e].dtype) if e in owned else x
-    # A parameter can be donated only once, and what inner holds on to not at all.
-    return jnp.copy(x) if any(x is other for other in (*leaves, *graph.known.values())) else x
-
-  is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(leaves))
-  out = []
-  for e, shape in enumerate(arrays):
-    constant = graph.constant(graph.outputs[e])
-    if constant is not None and e in owned:
-      out.append(_array.full(leaves[owned[e]], constant, chosen[e], shape.dtype))
-    elif constant is not None:
-      out.append(jnp.full(shape.shape, constant, shape.dtype))
-    elif is_abstract:
-      out.append(jax.eval_shape(functools.partial(from_params, e), leaves))
-    else:
-      out.append(from_params(e, leaves))
-  return first.treedef.unflatten(out)
 
 
 def low_precision(
@@ -254,7 +68,7 @@ def low_precision(
   key: jax.Array | None = None,
   tile_size: int | None = None,
   shard_axes: Sequence[str] = (),
-) -> InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   """Keeps the parameters, and the state of any Optax transformation, in low precision.
 
   What `inner` computes is found out by tracing it on dense arrays, once per trace of the step. Where a leaf's update is
@@ -428,11 +242,15 @@ class LowPrecision:
     return optax.with_extra_args_support(optax.chain(*self.preceding, self.inner))
 
   @property
-  def transformation(self) -> InPlaceTransformation:
+  def transformation(self) -> _transformation.InPlaceTransformation:
     """As it is used."""
-    return InPlaceTransformation(self.init, self.update, self.step, optimizer=self, explain=self.explain)
+    return _transformation.InPlaceTransformation(
+      self.init, self.update, self.step, optimizer=self, explain=self.explain
+    )
 
-  def preceded_by(self, transformations: Sequence[optax.GradientTransformation]) -> InPlaceTransformation:
+  def preceded_by(
+    self, transformations: Sequence[optax.GradientTransformation]
+  ) -> _transformation.InPlaceTransformation:
     """The same of gradients that others have transformed first, all as one."""
     # What is accumulated into the momentum are the gradients as they come, so there it stays alone.
     preceding = (*transformations, *(self.preceding or ()))
@@ -443,11 +261,11 @@ class LowPrecision:
     structure, leaves = _plan.flatten(_array.unwrap(params))
     # A copy, since a step that donates the state deletes it.
     key = jnp.array(self.raw_key)
-    inner_state = _init_inner(self.formats, self.inner, structure, leaves)
+    inner_state = _first_state.make(self.formats, self.inner, structure, leaves)
     own = LowPrecisionState(jnp.zeros((), jnp.int32), key, inner_state)
     if self.preceding is None:
       return own
-    before = _init_inner(None, optax.chain(*self.preceding), structure, leaves) if self.preceding else ()
+    before = _first_state.make(None, optax.chain(*self.preceding), structure, leaves) if self.preceding else ()
     return (*before, own)
 
   def update(self, updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -458,15 +276,15 @@ class LowPrecision:
     """Parameters, and the state."""
     return self._advance(gradients, params, state, True, extra_args)
 
-  def explain(self, params: Any, **extra_args: Any) -> Explanation:
+  def explain(self, params: Any, **extra_args: Any) -> _transformation.Explanation:
     """As in `explain`."""
     structure, leaves = _plan.flatten(_array.unwrap(params))
     plan = _plan.plan_update(self.composite, structure, _plan.trace_init(self.composite, structure)[1], extra_args)
     obstacles = {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
     traced = _plan.trace_init(self.inner, structure)
-    uses, choices = _choose(self.formats, self.inner, structure, leaves, *traced)
+    uses, choices = _first_state.choose(self.formats, self.inner, structure, leaves, *traced)
     names = {e: (uses.entries[e].field, structure.paths[i]) for e, i in _plan.owned(uses.entries).items()}
-    return Explanation(obstacles, {names[e]: choice for e, choice in choices.items()})
+    return _transformation.Explanation(obstacles, {names[e]: choice for e, choice in choices.items()})
 
   def _split(self, state: Any) -> tuple[tuple[Any, ...], LowPrecisionState]:
     """The states of the preceding transformations, and our own."""
@@ -516,7 +334,6 @@ class LowPrecision:
     foreign = len(jax.tree.leaves(before))
     names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(state.entries)]
     return PlannedStep(
-      self,
       structure,
       leaves,
       own,
@@ -525,8 +342,11 @@ class LowPrecision:
       names,
       dict(zip(structure.active, words, strict=True)),
       _program.runtime_zero(step),
+      self.feedback,
       self.feedback.hyperparams(step, own.inner_state) if self.feedback else {},
       self.tile_size or _tiles.default_tile_size(sum(leaf.size for leaf in leaves), 1 + most),
+      self.shard_axes,
+      self.preceding is None,
     )
 
   def _advance(
@@ -589,7 +409,6 @@ class PlannedStep:
   """A step of an optimizer whose gradients may be still to come.
 
   Attributes:
-    optimizer: whose step it is.
     structure: of the parameters.
     leaves: the parameters.
     own: the state of the optimizer.
@@ -598,11 +417,13 @@ class PlannedStep:
     names: of the entries.
     words: uint32[slots, 2] per leaf.
     zero: uint32[], zero at run time.
+    feedback: of rounding errors, or None.
     hyperparams: of the feedback.
     tile_size: in elements.
+    shard_axes: manual axes over which parameters are sharded, besides those that are known.
+    is_alone: whether nothing precedes the optimizer; else the state is a tuple.
   """
 
-  optimizer: LowPrecision
   structure: _plan.Params
   leaves: list[Any]
   own: LowPrecisionState
@@ -611,8 +432,11 @@ class PlannedStep:
   names: list[str]
   words: dict[int, jax.Array]
   zero: jax.Array
+  feedback: _feedback.Feedback | None
   hyperparams: dict[str, jax.Array]
   tile_size: int
+  shard_axes: frozenset[str]
+  is_alone: bool
 
   def outer(
     self,
@@ -635,14 +459,14 @@ class PlannedStep:
     """The update of a leaf, from the outer values that it needs."""
     leaf = self.plan.leaves[i]
     names = tuple(self.names[e] for e in leaf.fields)
-    feedback = self.optimizer.feedback
+    feedback = self.feedback
     if feedback is not None and not feedback.fields <= set(names):
       feedback = None
     static = _update.LeafUpdate(
       leaf.program,
       self.leaves[i].shape,
       self.tile_size,
-      self.optimizer.shard_axes,
+      self.shard_axes,
       names,
       feedback.correct if feedback else None,
       in_place,
@@ -671,10 +495,9 @@ class PlannedStep:
       for e, array in zip(self.plan.leaves[i].fields, fields, strict=True):
         arrays[e] = array
     combined = self.state.treedef.unflatten(arrays)
-    is_alone = self.optimizer.preceding is None
-    *before, inner_state = (combined,) if is_alone else combined
+    *before, inner_state = (combined,) if self.is_alone else combined
     own = LowPrecisionState(optax.safe_increment(self.own.step), self.own.key, inner_state)
-    return self.structure.treedef.unflatten(leaves), own if is_alone else (*before, own)
+    return self.structure.treedef.unflatten(leaves), own if self.is_alone else (*before, own)
 
 
 def transform(
@@ -687,7 +510,7 @@ def transform(
   shard_axes: Sequence[str],
   feedback: _feedback.Feedback | None = None,
   into_momentum: IntoMomentum | None = None,
-) -> InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   """`low_precision` with more that its aliases need: a name for messages, feedback, and `IntoMomentum`."""
   _field_formats.check(formats)
   _tiles.check_size(tile_size)

@@ -13,6 +13,7 @@ import optax
 from lpmm_optax.optimizers import _feedback
 from lpmm_optax.optimizers import _hyperparams
 from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.trace import _field_formats
 
 # By how much a momentum may multiply, from one step to the next, what a velocity still has to move.
@@ -163,7 +164,7 @@ def sgdm(
   key: jax.Array | None = None,
   tile_size: int | None = None,
   shard_axes: Sequence[str] = (),
-) -> _low_precision.InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   r"""SGD with momentum, with parameters and momentum stored in low precision.
 
   Without error feedback this is `optax.sgd` with coupled weight decay, rounded once per step:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lpmm_optax.kernel import _driver
-from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _format
 from lpmm_optax.storage._format import Format
@@ -180,7 +180,7 @@ def _state_rows(
 
 
 def memory_report(
-  params: Any, opt_state: Any = (), *, tx: _low_precision.InPlaceTransformation | None = None, **extra_args: Any
+  params: Any, opt_state: Any = (), *, tx: _transformation.InPlaceTransformation | None = None, **extra_args: Any
 ) -> MemoryReport:
   """Counts the bytes that parameters and optimizer state occupy for the whole of training.
 
@@ -225,9 +225,9 @@ def memory_report(
   updates: dict[str, str] = {}
   choices: dict[tuple[str, str], _field_formats.Choice] = {}
   if tx is not None:
-    if not isinstance(tx, _low_precision.InPlaceTransformation):
+    if not isinstance(tx, _transformation.InPlaceTransformation):
       raise TypeError(f'tx must be an lpmm_optax optimizer, got {tx!r}')
-    obstacles, choices = _low_precision.explain(tx)(params, **extra_args)
+    obstacles, choices = _transformation.explain(tx)(params, **extra_args)
     updates = {
       path: f'whole, for {obstacles[path]}' if path in obstacles else _IN_TILES
       for path in (structure.paths[i] for i in structure.active)

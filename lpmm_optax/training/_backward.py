@@ -19,6 +19,7 @@ import optax
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 from lpmm_optax.trace import _plan
 from lpmm_optax.training import _multi_steps
@@ -212,7 +213,7 @@ def _check_layerwise(planned: _low_precision.PlannedStep, moved: Sequence[int]) 
 
 def value_and_step(
   fun: Callable[..., Any],
-  tx: _low_precision.InPlaceTransformation,
+  tx: _transformation.InPlaceTransformation,
   has_aux: bool = False,
   *,
   extra_args: Callable[..., dict[str, Any]] | None = None,
@@ -280,7 +281,7 @@ def value_and_step(
   0.10
   0.10
   """
-  optimizer = _low_precision.optimizer_of(tx)
+  optimizer = _transformation.optimizer_of(tx)
   if not isinstance(tx, _multi_steps.MultiSteps) and optimizer is None:
     raise TypeError(
       f'value_and_step takes an optimizer of lpmm_optax, alone or last in lpmm_optax.chain (not optax.chain), or an '

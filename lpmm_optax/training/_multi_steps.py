@@ -19,6 +19,7 @@ from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
 from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _format
 from lpmm_optax.storage import _mesh
@@ -243,7 +244,7 @@ class Microbatches:
     self.check(state, params)
 
     def advance(gradients, inner_state):
-      if not isinstance(self.tx, _low_precision.InPlaceTransformation):
+      if not isinstance(self.tx, _transformation.InPlaceTransformation):
         gradients = _gradient.dense(gradients, params)
       deltas, inner_state = self.tx.update(gradients, inner_state, params, **extra_args)
       return _array.unseal(deltas), inner_state
@@ -283,7 +284,7 @@ class Microbatches:
     return gradients, last, state
 
 
-class MultiSteps(_low_precision.InPlaceTransformation):
+class MultiSteps(_transformation.InPlaceTransformation):
   r"""`optax.MultiSteps` with a low-precision accumulator, or without any.
 
   Microbatches are accumulated until k of them have come; the last one's gradient is added to the accumulated ones in
@@ -365,7 +366,7 @@ class MultiSteps(_low_precision.InPlaceTransformation):
         raise ValueError(f'{accumulator} stores nonnegative values only, and gradients have signs')
       accumulator = accumulator.with_block_size(_format.STATE_BLOCK_SIZE)
     elif accumulator is INTO_MOMENTUM:
-      optimizer = _low_precision.optimizer_of(tx)
+      optimizer = _transformation.optimizer_of(tx)
       momentum = None if optimizer is None else optimizer.into_momentum
       if momentum is None:
         raise ValueError(
@@ -388,7 +389,7 @@ class MultiSteps(_low_precision.InPlaceTransformation):
       tile_size=tile_size,
       shard_axes=_mesh.axis_names(shard_axes),
     )
-    explain = _low_precision.explain(inner)
+    explain = _transformation.explain(inner)
     self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, explain=explain)
     self.microbatches = microbatches
     return self

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from lpmm_optax.kernel import _gradient
-from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 from lpmm_optax.training import _step
 
 
-def set_to_zero() -> _low_precision.InPlaceTransformation:
+def set_to_zero() -> _transformation.InPlaceTransformation:
   """`optax.set_to_zero` for quantized parameters: what it is given stays as it is, bit for bit.
 
   Optax's own returns gradients of zero, which are of another structure than deltas of quantized parameters.
@@ -48,7 +48,7 @@ def set_to_zero() -> _low_precision.InPlaceTransformation:
     del gradients, extra_args
     return params, state
 
-  return _low_precision.InPlaceTransformation(lambda params: optax.EmptyState(), update, keep)
+  return _transformation.InPlaceTransformation(lambda params: optax.EmptyState(), update, keep)
 
 
 def _labels(param_labels: Any, known: set, params: Any) -> Any:
@@ -79,7 +79,7 @@ def _labels(param_labels: Any, known: set, params: Any) -> Any:
 def partition(
   transforms: Mapping[Hashable, optax.GradientTransformation],
   param_labels: Any | Callable[[Any], Any],
-) -> _low_precision.InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   """`optax.partition` that keeps the in-place step: rates, formats and optimizers by group of parameters.
 
   Args:
@@ -135,7 +135,7 @@ def partition(
 
   def update(gradients, state, params=None, **extra_args):
     def advance(tx, gradients, params, inner_state):
-      if not isinstance(tx, _low_precision.InPlaceTransformation):
+      if not isinstance(tx, _transformation.InPlaceTransformation):
         gradients = _gradient.dense(gradients, params)
       return tx.update(gradients, inner_state, params, **extra_args)
 
@@ -147,15 +147,15 @@ def partition(
 
   def explain(params, **extra_args):
     labels = _labels(param_labels, set(txs), params)
-    own = [_low_precision.explain(tx)(select(labels, label, params), **extra_args) for label, tx in txs.items()]
-    return _low_precision.Explanation(*(functools.reduce(operator.or_, parts, {}) for parts in zip(*own, strict=True)))
+    own = [_transformation.explain(tx)(select(labels, label, params), **extra_args) for label, tx in txs.items()]
+    return _transformation.Explanation(*(functools.reduce(operator.or_, parts, {}) for parts in zip(*own, strict=True)))
 
-  return _low_precision.InPlaceTransformation(init, update, step, explain=explain)
+  return _transformation.InPlaceTransformation(init, update, step, explain=explain)
 
 
 def masked(
   inner: optax.GradientTransformation, mask: Any | Callable[[Any], Any]
-) -> _low_precision.InPlaceTransformation:
+) -> _transformation.InPlaceTransformation:
   """An optimizer for some of the parameters; the others stay as they are, bit for bit.
 
   Where the mask is False, `optax.masked` passes the gradient on, to be added to the parameter unless something follows;

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lpmm_optax.kernel import _gradient
-from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 
 
@@ -37,14 +37,14 @@ def step(
   >>> params['w'].tolist()
   [0.5, 0.5, 0.5]
   """
-  if isinstance(tx, _low_precision.InPlaceTransformation):
+  if isinstance(tx, _transformation.InPlaceTransformation):
     return tx.step(grads, params, opt_state, **extra_args)
   grads = _gradient.dense(grads, params)
   updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params, **extra_args)
   return optax.apply_updates(params, updates), opt_state
 
 
-def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransformation:
+def chain(*txs: optax.GradientTransformation) -> _transformation.InPlaceTransformation:
   """`optax.chain`, ending in one of our optimizers, that keeps its in-place step.
 
   Args:
@@ -66,11 +66,11 @@ def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransform
     ...
   TypeError: the last transformation of lpmm.chain must be an lpmm_optax optimizer
   """
-  if not txs or not isinstance(txs[-1], _low_precision.InPlaceTransformation):
+  if not txs or not isinstance(txs[-1], _transformation.InPlaceTransformation):
     raise TypeError('the last transformation of lpmm.chain must be an lpmm_optax optimizer')
-  if any(isinstance(tx, _low_precision.InPlaceTransformation) for tx in txs[:-1]):
+  if any(isinstance(tx, _transformation.InPlaceTransformation) for tx in txs[:-1]):
     raise ValueError('an lpmm_optax optimizer must come last in lpmm.chain: nothing may transform its integer deltas')
-  optimizer = _low_precision.optimizer_of(txs[-1])
+  optimizer = _transformation.optimizer_of(txs[-1])
   if optimizer is not None:
     return optimizer.preceded_by(txs[:-1])
   chained = optax.chain(*txs)
@@ -87,8 +87,8 @@ def chain(*txs: optax.GradientTransformation) -> _low_precision.InPlaceTransform
     params, last_state = txs[-1].step(gradients, params, state[-1], **extra_args)
     return params, (*new_states, last_state)
 
-  update, explain = optax.with_extra_args_support(chained).update, _low_precision.explain(txs[-1])
-  return _low_precision.InPlaceTransformation(chained.init, update, chained_step, explain=explain)
+  update, explain = optax.with_extra_args_support(chained).update, _transformation.explain(txs[-1])
+  return _transformation.InPlaceTransformation(chained.init, update, chained_step, explain=explain)
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
@@ -97,8 +97,8 @@ def _all_finite(x: jax.Array) -> jax.Array:
 
 
 def apply_if_finite(
-  inner: _low_precision.InPlaceTransformation, max_consecutive_errors: int
-) -> _low_precision.InPlaceTransformation:
+  inner: _transformation.InPlaceTransformation, max_consecutive_errors: int
+) -> _transformation.InPlaceTransformation:
   """`optax.apply_if_finite` for an optimizer of this package: a step whose gradients are not all finite is skipped.
 
   Optax's own rejects a step with an update made of the gradients, zeroed, which is of another structure than deltas of
@@ -121,7 +121,7 @@ def apply_if_finite(
   >>> params['w'].tolist(), int(state.total_notfinite)
   ([1.0, 1.0], 1)
   """
-  if not isinstance(inner, _low_precision.InPlaceTransformation):
+  if not isinstance(inner, _transformation.InPlaceTransformation):
     raise TypeError('lpmm.apply_if_finite wraps an lpmm_optax optimizer; for others there is optax.apply_if_finite')
 
   def guard(gradients, params, state, advance, rejected):
@@ -150,4 +150,4 @@ def apply_if_finite(
     return guard(gradients, params, state, advance, lambda params: params)
 
   init = optax.apply_if_finite(inner, max_consecutive_errors).init
-  return _low_precision.InPlaceTransformation(init, update, in_place, explain=_low_precision.explain(inner))
+  return _transformation.InPlaceTransformation(init, update, in_place, explain=_transformation.explain(inner))

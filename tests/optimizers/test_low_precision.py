@@ -17,7 +17,7 @@ from transformations import field_formats
 from transformations import tree
 
 import lpmm_optax as lpmm
-from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -150,13 +150,13 @@ def test_float64_is_computed_in_float64_when_dense_and_refused_otherwise():
 
 
 def test_a_loop_of_eager_steps_is_warned_of_once(monkeypatch):
-  monkeypatch.setattr(_low_precision, '_eager_steps', itertools.count(1))
+  monkeypatch.setattr(_transformation, '_eager_steps', itertools.count(1))
   tx, params = lpmm.sgdm(0.1), {'w': jnp.ones(3)}
   state = tx.init(params)
   jax.jit(functools.partial(lpmm.step, tx))(params, params, state)
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always')
-    for _ in range(2 * _low_precision._MOST_EAGER_STEPS):
+    for _ in range(2 * _transformation._MOST_EAGER_STEPS):
       params, state = lpmm.step(tx, {'w': jnp.ones(3)}, params, state)
   (warning,) = [w for w in caught if w.category is lpmm.EagerStepWarning]
   assert 'jax.jit' in str(warning.message)

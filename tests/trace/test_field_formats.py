@@ -11,7 +11,7 @@ from transformations import field_formats
 from transformations import tree
 
 import lpmm_optax as lpmm
-from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _transformation
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')
 
@@ -21,7 +21,7 @@ def test_elementwise_updates_run_in_tiles_with_formats_by_use(name):
   make, expected = TILED[name]
   tx = lpmm.low_precision(make())
   params = lpmm.quantize(tree(), lpmm.INT8)
-  assert _low_precision.explain(tx)(params).obstacles == {}
+  assert _transformation.explain(tx)(params).obstacles == {}
   assert field_formats(tx.init(params)) == {field: {format} for field, format in expected.items()}
 
 
@@ -34,7 +34,7 @@ def test_other_updates_are_whole_and_the_report_says_so(name):
   assert field_formats(state) == {field: {format} for field, format in expected.items()}
   report = lpmm.memory_report(params, state, tx=tx)
   assert f'  a: updated whole, for {operation}, 8192 elements' in str(report)
-  assert _low_precision.explain(tx)(params).obstacles['c/kernel'] == operation
+  assert _transformation.explain(tx)(params).obstacles['c/kernel'] == operation
 
 
 def test_formats_by_field_and_by_path():
