@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from accelerators import EIGHT
 from accelerators import EMBEDDING
-from accelerators import LAYERWISE
+from accelerators import FINETUNED
+from accelerators import LORA
 from accelerators import METHODS
 from accelerators import RESNET
 from accelerators import SPLIT
@@ -49,6 +50,9 @@ ONE_DEVICE = Split({'x': 1})
 # How many elements the loop takes at once where a GPU is the default device.
 GPU_TILE = 2**24
 CHUNKS = 8
+# Of the queries that attend at once, where scores of all of them are not to exist.
+QUERIES = 512
+RANK = 16
 
 
 class Program(NamedTuple):
@@ -90,7 +94,13 @@ def ours(method: Method) -> Any:
   return make(0.1 if method.optimizer == 'sgd' else 1e-4, **options)
 
 
-STORES = {'optax fp32': peak_memory.fp32, 'optax bf16': peak_memory.bf16, 'flash': peak_memory.bf16}
+# Else in 8 bits.
+STORES = {
+  'optax fp32': peak_memory.fp32,
+  'optax bf16': peak_memory.bf16,
+  'flash': peak_memory.bf16,
+  'LoRA bf16': peak_memory.bf16,
+}
 
 
 def optimizer_step(method: Method, shapes: Any, platform: str) -> Program:
@@ -113,18 +123,39 @@ def optimizer_step(method: Method, shapes: Any, platform: str) -> Program:
 
 def training_step(method: Method, model: peak_memory.Model) -> Program:
   """Forward pass, backward pass and optimizer, on one of four microbatches, or, without an accumulator, on all."""
-  if method.by.startswith('optax'):
-    tx = peak_memory.accumulated(lambda: stock(method.optimizer))()
+  if method.by == 'flash':
+    tx = flash(method.optimizer, fused=False)
+    step = peak_memory.flash(tx, model.loss)
+  elif method.by.startswith('optax'):
+    make = partial(stock, method.optimizer)
+    tx = peak_memory.accumulated(make)() if method.accumulates else make()
     step = peak_memory.ordinary(tx, model.loss)
   else:
     tx = ours(method)
-    if method.by != LAYERWISE:
+    if method.accumulates:
       accumulator = lpmm.INTO_MOMENTUM if method.optimizer == 'sgd' else lpmm.INT8
       tx = lpmm.MultiSteps(tx, peak_memory.MICROBATCHES, accumulator=accumulator)
     step = peak_memory.lean(tx, model.loss)
   store = STORES.get(method.by, peak_memory.int8)
   params = jax.eval_shape(lambda key: store(model.init(key)), jax.random.key(0))
   return Program(step, (params, jax.eval_shape(tx.init, params), *model.batch))
+
+
+def adapter_step(name: str, model: peak_memory.Model) -> Program:
+  """Forward pass, backward pass and AdamW in float32, of low-rank factors beside matrices that stay."""
+  base = jax.eval_shape(lambda key: STORES.get(LORA[name].by, peak_memory.int8)(model.init(key)), jax.random.key(0))
+  matrices = {path: x.shape for path, x in base['layers'].items() if len(x.shape) == 3}
+  factor = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  adapters = {k: (factor(layers, rows, RANK), factor(layers, RANK, out)) for k, (layers, rows, out) in matrices.items()}
+  tx = stock('adamw')
+
+  def step(params, opt_state, *batch):
+    loss = lambda adapters: model.loss(params['base'] | {'adapters': adapters}, *batch)
+    value, grads = jax.value_and_grad(loss)(params['adapters'])
+    adapters, opt_state = lpmm.step(tx, grads, params['adapters'], opt_state)
+    return params | {'adapters': adapters}, opt_state, value
+
+  return Program(step, ({'base': base, 'adapters': adapters}, jax.eval_shape(tx.init, adapters), *model.batch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +172,53 @@ def rope(x: jax.Array) -> jax.Array:
   return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
 
 
+def attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Causal attention of [batch, length, heads, size], whose scores exist all at once."""
+  return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+
+
+def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """The same, a block of queries at a time, whose scores are computed again in the backward pass."""
+  starts = jnp.arange(0, q.shape[1], QUERIES)
+
+  def block(start):
+    queries = lax.dynamic_slice_in_dim(q, start, QUERIES, axis=1)
+    mask = start + jnp.arange(QUERIES)[:, None] >= jnp.arange(q.shape[1])
+    return jax.nn.dot_product_attention(queries, k, v, mask=mask[None, None])
+
+  return jnp.moveaxis(lax.map(jax.checkpoint(block), starts), 0, 1).reshape(q.shape)
+
+
+def loss_by_tokens(hidden: jax.Array, head: Any, labels: jax.Array) -> jax.Array:
+  """Mean cross entropy, a chunk of the tokens at a time, whose logits are computed again in the backward pass."""
+  weights = decode(head)
+
+  def chunk(total, rows):
+    hidden, labels = rows
+    return total + peak_memory.cross_entropy(hidden @ weights, labels) / CHUNKS, None
+
+  chunks = lambda x: jnp.swapaxes(x.reshape(x.shape[0], CHUNKS, -1, *x.shape[2:]), 0, 1)
+  return lax.scan(jax.checkpoint(chunk), jnp.zeros(()), (chunks(hidden), chunks(labels)))[0]
+
+
+def loss_by_vocabulary(hidden: jax.Array, head: Any, labels: jax.Array) -> jax.Array:
+  """The same, a chunk of the vocabulary at a time: head is [chunks, width, words of a chunk], and each moves alone."""
+
+  def chunk(_, rows):
+    index, weights = rows
+    logits = (hidden @ decode(weights)).astype(jnp.float32)
+    words = logits.shape[-1]
+    here = labels - index * words
+    label = jnp.take_along_axis(logits, jnp.clip(here, 0, words - 1)[..., None], axis=-1)[..., 0]
+    return None, (jax.nn.logsumexp(logits, axis=-1), jnp.where((here >= 0) & (here < words), label, 0.0))
+
+  _, (sums, found) = lax.scan(jax.checkpoint(chunk), None, (jnp.arange(head.shape[0]), head))
+  return jnp.mean(jax.nn.logsumexp(sums, axis=0) - jnp.sum(found, axis=0))
+
+
+decode = partial(lpmm.dequantize, dtype=jnp.bfloat16)
+
+
 def llama(
   layers: int,
   width: int,
@@ -150,13 +228,16 @@ def llama(
   tokens: int = 2048,
   vocabulary: int = 128256,
   batch: int = 1,
+  is_lean: bool = False,
 ) -> peak_memory.Model:
   """Shaped like Llama 3: scanned layers, computed again in the backward pass, in bfloat16, and untied embeddings.
 
-  The cross entropy is taken in chunks, whose logits are computed again as well.
+  A lean one has neither the scores of a whole attention at once nor the gradient of the whole head. Adapters are added
+  where there are some.
   """
   size = width // heads
   kv = kv_heads * size
+  attend, cross_entropy = (attend_in_blocks, loss_by_vocabulary) if is_lean else (attend_at_once, loss_by_tokens)
   shapes = {
     'embedding': (vocabulary, width),
     'layers': {
@@ -171,32 +252,30 @@ def llama(
       'down': (layers, hidden, width),
     },
     'norm': (width,),
-    'head': (width, vocabulary),
+    'head': (CHUNKS, width, vocabulary // CHUNKS) if is_lean else (width, vocabulary),
   }
-  decode = partial(lpmm.dequantize, dtype=jnp.bfloat16)
 
   def layer(x, weights):
-    weights = decode(weights)
-    split = lambda name, count: (h @ weights[name]).reshape(batch, tokens, count, size)
+    weights, adapters = decode(weights)
+
+    def dense(h, name):
+      out = h @ weights[name]
+      if name in adapters:
+        left, right = adapters[name]
+        out = out + h @ left @ right
+      return out
+
+    split = lambda h, name, count: dense(h, name).reshape(batch, tokens, count, size)
     h = peak_memory.rms_norm(x, weights['attention_norm'])
-    attended = jax.nn.dot_product_attention(
-      rope(split('q', heads)), rope(split('k', kv_heads)), split('v', kv_heads), is_causal=True
-    )
-    x = x + attended.reshape(x.shape) @ weights['out']
+    attended = attend(rope(split(h, 'q', heads)), rope(split(h, 'k', kv_heads)), split(h, 'v', kv_heads))
+    x = x + dense(attended.reshape(x.shape), 'out')
     h = peak_memory.rms_norm(x, weights['mlp_norm'])
-    return x + (jax.nn.silu(h @ weights['gate']) * (h @ weights['up'])) @ weights['down'], None
+    return x + dense(jax.nn.silu(dense(h, 'gate')) * dense(h, 'up'), 'down'), None
 
   def loss(params, examples):
     x = decode(params['embedding'])[examples[:, :-1]]
-    x, _ = lax.scan(jax.checkpoint(layer), x, params['layers'])
-    x, head = peak_memory.rms_norm(x, decode(params['norm'])), decode(params['head'])
-
-    def chunk(total, rows):
-      hidden, labels = rows
-      return total + peak_memory.cross_entropy(hidden @ head, labels) / CHUNKS, None
-
-    chunks = lambda x: jnp.swapaxes(x.reshape(batch, CHUNKS, -1, *x.shape[2:]), 0, 1)
-    return lax.scan(jax.checkpoint(chunk), jnp.zeros(()), (chunks(x), chunks(examples[:, 1:])))[0]
+    x, _ = lax.scan(jax.checkpoint(layer), x, (params['layers'], params.get('adapters', {})))
+    return cross_entropy(peak_memory.rms_norm(x, decode(params['norm'])), params['head'], examples[:, 1:])
 
   def init(key):
     del key
@@ -219,7 +298,9 @@ def leaves(*shapes: tuple[int, ...]) -> Callable[[], Any]:
   return lambda: {f'w{i}': jax.ShapeDtypeStruct(shape, jnp.float32) for i, shape in enumerate(shapes)}
 
 
+llama_1b = partial(llama, 16, 2048, 8192, 32, 8)
 llama_8b = partial(llama, 32, 4096, 14336, 32, 8)
+LLAMAS = {'1B': llama_1b, '3B': partial(llama, 28, 3072, 8192, 24, 8), '8B': llama_8b}
 
 
 def llama_8b_shapes() -> Any:
@@ -237,11 +318,11 @@ STEPS = {
 TRAINED = {
   TRAIN_TRANSFORMER: partial(small, peak_memory.make_transformer),
   TRAIN_RESNET: partial(small, peak_memory.make_resnet),
-  TRAIN_1B: partial(llama, 16, 2048, 8192, 32, 8),
+  TRAIN_1B: llama_1b,
   TRAIN_8B: llama_8b,
   TRAIN_ROWS: partial(llama_8b, batch=8),
   TRAIN_BOTH: partial(llama_8b, batch=8),
-}
+} | {model: partial(LLAMAS[size], tokens=tokens, is_lean=True) for model, (size, tokens) in FINETUNED.items()}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compiling
@@ -322,7 +403,8 @@ def measure(target: str, model: str, name: str, mesh: jax.sharding.Mesh) -> dict
     if model in STEPS:
       program = optimizer_step(method, STEPS[model](), TARGETS[target].platform)
     else:
-      program = training_step(method, TRAINED[model]())
+      make = partial(adapter_step, name) if name in LORA else partial(training_step, method)
+      program = make(TRAINED[model]())
     return compile_and_count(program, mesh, SPLIT.get(model, ONE_DEVICE), model in TRAINED)
   except Exception as error:
     return {'error': f'{type(error).__name__}: {str(error)[:300]}'}

@@ -14,8 +14,8 @@ where jax-cuda13-plugin and jax-cuda13-pjrt must have jax's own version; and for
 
 The first command compiles all rows for the targets whose compiler is installed, and appends each to the file as soon as
 it is there; one that is in the file is not made again. An error, or a row that takes too long, is a row as well. The
-second makes tables, in docs/performance.md too, and needs neither environment; the third judges a few quick rows by
-BOUNDS and exits with 1 if one is missed.
+second makes tables, in docs/performance.md and README.md too, and needs neither environment; the third judges a few
+quick rows by BOUNDS and exits with 1 if one is missed.
 
 A step is compiled for one device, or for the eight chips of a TPU v5e-8 over which its arrays are split and the
 figures then are of one chip, with parameters and optimizer state donated. An optimizer step is given a gradient in
@@ -113,15 +113,19 @@ class Method(NamedTuple):
     optimizer: 'sgd', 'adamw' or 'lion'.
     by: whose, and in which form.
     driver: of ours, who updates a leaf.
+    accumulates: whether a training step takes one of four microbatches, where both are possible; ours then moves each
+      layer as its gradient comes.
   """
 
   optimizer: str
   by: str
   driver: str = ''
+  accumulates: bool = True
 
 
-# Of a training step, whose layers move as their gradients come.
-LAYERWISE = 'lpmm layerwise'
+WITHOUT = ' without accumulator'
+# Adapters of rank 16 beside matrices that stay as they are.
+LORA = {'LoRA, bf16 base': Method('adamw', 'LoRA bf16'), 'LoRA, int8 base': Method('adamw', 'LoRA int8')}
 
 
 def make_methods() -> dict[str, Method]:
@@ -136,8 +140,10 @@ def make_methods() -> dict[str, Method]:
       methods[f'{name}, {driver}'] = Method(optimizer, 'lpmm', driver)
       if optimizer == 'sgd':
         methods[f'{name} paper, {driver}'] = Method(optimizer, 'lpmm paper', driver)
-    methods[f'{name} without accumulator, kernel'] = Method(optimizer, LAYERWISE, 'kernel')
-  return methods
+    methods[f'{name}{WITHOUT}, kernel'] = Method(optimizer, 'lpmm', 'kernel', accumulates=False)
+  for dtype in ('fp32', 'bf16'):
+    methods[f'optax.adamw {dtype}{WITHOUT}'] = Method('adamw', f'optax {dtype}', accumulates=False)
+  return methods | LORA
 
 
 METHODS = make_methods()
@@ -147,6 +153,22 @@ TRAIN_TRANSFORMER, TRAIN_RESNET = 'train Transformer', 'train ResNet-50'
 TRAIN_1B, TRAIN_8B = 'train Llama 1B', 'train Llama 8B'
 STEPS = (EIGHT, STACKED, EMBEDDING, RESNET)
 TRAINED = (TRAIN_TRANSFORMER, TRAIN_RESNET, TRAIN_1B, TRAIN_8B)
+# GiB of memory, and what of it a program gets.
+CARDS, USABLE = {'24 GB': 24.0, '80 GB': 79.6}, 0.95
+# Parameters, and tokens of a sequence.
+LLAMAS = ('1B', 2048), ('3B', 2048), ('8B', 2048), ('8B', 8192)
+FINETUNED = {f'fine-tune Llama {size}, {tokens} tokens': (size, tokens) for size, tokens in LLAMAS}
+FINE_TUNE_8B = 'fine-tune Llama 8B, 2048 tokens'
+FINETUNING = (
+  'optax.adamw fp32',
+  f'optax.adamw fp32{WITHOUT}',
+  f'optax.adamw bf16{WITHOUT}',
+  'flash_adamw',
+  ADAMW,
+  f'lpmm.adamw{WITHOUT}, kernel',
+  f'lpmm.lion{WITHOUT}, kernel',
+  *LORA,
+)
 
 
 class Split(NamedTuple):
@@ -167,16 +189,18 @@ BY_ROWS, BY_BOTH = Split({'x': 8}, 'x'), Split({'x': 4, 'y': 2}, 'x', 'y')
 STEP_ROWS, STEP_BOTH = 'leaves of Llama 8B on 8 chips by rows', 'leaves of Llama 8B on 8 chips by rows and columns'
 TRAIN_ROWS, TRAIN_BOTH = 'train Llama 8B on 8 chips by rows', 'train Llama 8B on 8 chips by rows and columns'
 SPLIT = {STEP_ROWS: BY_ROWS, STEP_BOTH: BY_BOTH, TRAIN_ROWS: BY_ROWS, TRAIN_BOTH: BY_BOTH}
-MODELS = (*STEPS, *TRAINED, *SPLIT)
+MODELS = (*STEPS, *TRAINED, *FINETUNED, *SPLIT)
 
 
 def fits(model: str, name: str) -> bool:
   """Whether a method is of interest for a model."""
   method = METHODS[name]
+  if name in LORA or model in FINETUNED:
+    return model in FINETUNED and name in FINETUNING
   if method.driver == 'loop in one tile':
     return model == EIGHT
-  if method.by == LAYERWISE:
-    return model in TRAINED
+  if not method.accumulates:
+    return model in TRAINED and method.by == 'lpmm'
   if model in SPLIT:
     return method.optimizer != 'lion' and (method.by == 'optax fp32' or name in (SGDM, ADAMW))
   return model in STEPS or (method.optimizer != 'lion' and method.by in ('optax fp32', 'optax bf16', 'lpmm'))
@@ -291,8 +315,8 @@ BOUNDS = (
   Bound(('v5e',), EIGHT, (SGDM, ADAMW, LION), 'compile ratio', 2, holds=False),
   Bound(GPUS, TRAIN_8B, (ADAMW,), 'peak', 4.6, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM,), 'peak', 2.6, holds=False),
-  Bound(('h100',), TRAIN_8B, ('lpmm.adamw without accumulator, kernel',), 'peak', 3.7, holds=False),
-  Bound(('h100',), TRAIN_8B, ('lpmm.sgdm without accumulator, kernel',), 'peak', 2.6, holds=False),
+  Bound(('h100',), FINE_TUNE_8B, (f'lpmm.adamw{WITHOUT}, kernel',), 'peak', 3.6, holds=False),
+  Bound(('h100',), FINE_TUNE_8B, (f'lpmm.lion{WITHOUT}, kernel',), 'peak', 2.4, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM, ADAMW), 'compile ratio', 2, holds=False),
   Bound(('v5e',), TRAIN_1B, (ADAMW,), 'peak', 5.5, holds=False),
   Bound(('v5e',), STEP_ROWS, (SGDM, ADAMW), 'collectives', 0, holds=False),
@@ -487,13 +511,47 @@ def model_table(rows: dict[Key, Row], target: str, model: str) -> Iterator[str]:
       yield line([method, *(text_of(rows, key, name) for name in names)])
 
 
+def memory_table(rows: dict[Key, Row], target: str) -> Iterator[str]:
+  """Peaks of fine-tuning, and on which cards they fit."""
+  yield line(['', *(f'{size}, {tokens}' for size, tokens in FINETUNED.values())])
+  yield '|' + '---|' * (1 + len(FINETUNED))
+  for method in FINETUNING:
+    yield line([method, *(fitting(rows, (target, model, method)) for model in FINETUNED)])
+
+
+def fitting(rows: dict[Key, Row], key: Key) -> str:
+  """A peak in GiB as a cell of `memory_table`."""
+  gib = figure_of(rows, key, 'peak GiB')
+  if gib is None:
+    return short(rows[key]['error']) if key in rows else ''
+  if gib <= USABLE * CARDS['24 GB']:
+    return f'**{gib:.1f}**'
+  return f'{gib:.1f}' if gib <= USABLE * CARDS['80 GB'] else f'({gib:.1f})'
+
+
+def headline(rows: dict[Key, Row]) -> Iterator[str]:
+  """What an 8B model takes, for the README."""
+  yield line(['one step of fine-tuning, on an H100', 'peak, GiB', 'B/param'])
+  yield '|---|---|---|'
+  for method in FINETUNING:
+    key = 'h100', FINE_TUNE_8B, method
+    yield line([method.removesuffix(', kernel'), fitting(rows, key), text_of(rows, key, 'peak')])
+
+
 def tables(rows: dict[Key, Row]) -> Iterator[str]:
   for target in TARGETS:
     of_target = [row for key, row in rows.items() if key[0] == target]
     if of_target:
       texts = dict.fromkeys(', '.join(f'{k} {v}' for k, v in r['versions'].items() if k != 'commit') for r in of_target)
       yield f'### {TARGETS[target].title}\n\nWith {"; and ".join(texts)}.\n'
-    for model in MODELS:
+    if any((target, model, method) in rows for model in FINETUNED for method in FINETUNING):
+      yield (
+        'Peak of one step of fine-tuning a Llama shape, in GiB, by parameters and tokens of a sequence; bold fits a '
+        f'card of 24 GB, in parentheses does not fit one of 80 GB ({USABLE:.0%} of each are taken as usable).\n'
+      )
+      yield from memory_table(rows, target)
+      yield ''
+    for model in (model for model in MODELS if model not in FINETUNED):
       row = next((row for key, row in rows.items() if key[:2] == (target, model) and 'error' not in row), None)
       if row is not None:
         yield f'{model[0].upper()}{model[1:]}: {row["parameters"] / 1e6:.1f}M parameters in {row["leaves"]} arrays.\n'
@@ -577,6 +635,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--check', action='store_true', help='make the quick rows with bounds, write nothing, judge')
   add('--report', action='store_true', help='print tables of the file, and put them into the document')
   add('--document', type=Path, default=DOCUMENT, metavar='FILE', help='(default %(default)s)')
+  add('--readme', type=Path, default=Path('README.md'), metavar='FILE', help='(default %(default)s)')
   add(
     '--plot', type=Path, nargs='?', const=DEFAULT_PLOT, metavar='FILE', help=f'draw the file (default {DEFAULT_PLOT})'
   )
@@ -593,7 +652,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
       lines = list(tables(rows))
       print('\n'.join(lines))
-      args.document.write_text(with_lines(args.document.read_text(), BEGIN, END, lines))
+      for file, part in ((args.document, lines), (args.readme, headline(rows))):
+        file.write_text(with_lines(file.read_text(), BEGIN, END, part))
     if args.plot:
       save_plot(args.plot, rows)
     return 0

@@ -28,6 +28,7 @@ import safetensors.numpy
 import lpmm_optax as lpmm
 
 MAX_CHUNKS = 16  # Of a vocabulary; its logits and its part of a table are the largest arrays of a step, but for these.
+QUERIES = 512  # Of a sequence, whose scores in attention exist at once.
 SHARD_BYTES = 4 * 10**9  # Of a file.
 INDEX = 'model.safetensors.index.json'
 
@@ -211,6 +212,27 @@ def rotate(x: jax.Array, frequencies: tuple[float, ...]) -> jax.Array:
   return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Causal attention of float[batch, length, heads, size], whose scores exist for a block of queries at a time.
+
+  The backward pass computes each block's again.
+  """
+  batch, length, heads, size = q.shape
+  if length <= QUERIES:
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  count = -(-length // QUERIES)
+  padded = jnp.pad(q, ((0, 0), (0, count * QUERIES - length), (0, 0), (0, 0)))
+  blocks = jnp.moveaxis(padded.reshape(batch, count, QUERIES, heads, size), 1, 0)
+
+  def block(numbered):
+    number, queries = numbered
+    mask = (number * QUERIES + jnp.arange(QUERIES))[:, None] >= jnp.arange(length)[None, :]
+    return jax.nn.dot_product_attention(queries, k, v, mask=mask[None, None])
+
+  out = lax.map(jax.checkpoint(block), (jnp.arange(count), blocks))
+  return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :length]
+
+
 def layer(config: Config, length: int, x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
   """Attention and MLP, from and to float[batch * length, width]; what a scan leaves behind is None."""
   weights = decode(weights, x.dtype)
@@ -223,7 +245,7 @@ def layer(config: Config, length: int, x: jax.Array, weights: Any) -> tuple[jax.
   if config.qk_norm:
     q, k = norm(q, 'self_attn.q_norm'), norm(k, 'self_attn.k_norm')
   q, k = rotate(q, config.frequencies), rotate(k, config.frequencies)
-  attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  attended = attend(q, k, v)
   x = x + linear(attended.reshape(x.shape[0], -1), weights, 'self_attn.o_proj')
   h = norm(x, 'post_attention_layernorm')
   gated = jax.nn.silu(linear(h, weights, 'mlp.gate_proj')) * linear(h, weights, 'mlp.up_proj')

@@ -17,3 +17,12 @@ def standard_promotion():
   """For Optax's own optimizers, which ours are compared with."""
   with jax.numpy_dtype_promotion('standard'):
     yield
+
+
+@pytest.fixture(scope='module')
+def compile_fast():
+  """For modules that compile much, and whose results do not depend on how well XLA optimizes."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+  jax.clear_caches()

@@ -184,14 +184,15 @@ def _choose(
   inner: optax.GradientTransformationExtraArgs,
   params: _plan.Params,
   leaves: list[Any],
+  graph: _program.Graph,
+  first: _plan.InnerState,
 ) -> tuple[_uses.Uses, dict[int, _field_formats.Choice]]:
-  """What is done with the entries of the inner state, and how each is stored."""
-  graph, shapes = _plan.trace_init(inner, params)
-  entries, arrays, treedef = _plan.entries_of(params, shapes)
+  """What is done with the entries of the inner state, and how each is stored; `trace_init` gave graph and state."""
+  entries = first.entries
   uses = _uses.Uses(entries)
   try:
     if formats is not None:
-      uses = _flows.find(graph, _plan.plan_first_update(inner, params, entries, arrays, treedef))
+      uses = _flows.find(graph, _plan.plan_first_update(inner, params, first))
   except Exception:
     # Only where a default has to be chosen must it be known what a field is for.
     named = formats if isinstance(formats, Mapping) else ()
@@ -208,11 +209,11 @@ def _init_inner(
   leaves: list[Any],
 ) -> Any:
   """The inner transformation's first state, each array in its format."""
-  graph, shapes = _plan.trace_init(inner, params)
-  entries, arrays, treedef = _plan.entries_of(params, shapes)
-  uses, choices = _choose(formats, inner, params, leaves)
+  graph, first = _plan.trace_init(inner, params)
+  arrays = first.arrays
+  uses, choices = _choose(formats, inner, params, leaves, graph, first)
   chosen = {e: choice.format for e, choice in choices.items()}
-  owned = _plan.owned(entries)
+  owned = _plan.owned(first.entries)
 
   def from_params(e, leaves):
     """An entry that is no constant: a copy of the parameters, or a random key."""
@@ -243,7 +244,7 @@ def _init_inner(
       out.append(jax.eval_shape(functools.partial(from_params, e), leaves))
     else:
       out.append(from_params(e, leaves))
-  return treedef.unflatten(out)
+  return first.treedef.unflatten(out)
 
 
 def low_precision(
@@ -460,10 +461,10 @@ class LowPrecision:
   def explain(self, params: Any, **extra_args: Any) -> Explanation:
     """As in `explain`."""
     structure, leaves = _plan.flatten(_array.unwrap(params))
-    _, shapes = _plan.trace_init(self.composite, structure)
-    plan = _plan.plan_update(self.composite, structure, *_plan.entries_of(structure, shapes), extra_args)
+    plan = _plan.plan_update(self.composite, structure, _plan.trace_init(self.composite, structure)[1], extra_args)
     obstacles = {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
-    uses, choices = _choose(self.formats, self.inner, structure, leaves)
+    traced = _plan.trace_init(self.inner, structure)
+    uses, choices = _choose(self.formats, self.inner, structure, leaves, *traced)
     names = {e: (uses.entries[e].field, structure.paths[i]) for e, i in _plan.owned(uses.entries).items()}
     return Explanation(obstacles, {names[e]: choice for e, choice in choices.items()})
 
@@ -501,26 +502,25 @@ class LowPrecision:
     """
     before, own = self._split(state)
     combined = own.inner_state if self.preceding is None else (*before, own.inner_state)
-    entries, arrays, treedef = _plan.entries_of(structure, combined)
-    _plan.check_state(self.name, self.composite, structure, entries, arrays)
+    state = _plan.take_apart(structure, combined)
+    _plan.check_state(self.name, self.composite, structure, state)
     templates = None
     if gradients is not None:
       templates = {i: gradient.template(structure.templates[i]) for i, gradient in gradients.items()}
-    plan = _plan.plan_update(self.composite, structure, entries, arrays, treedef, extra_args, templates)
+    plan = _plan.plan_update(self.composite, structure, state, extra_args, templates)
     step = _program.hidden(own.step)
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     keys = [structure.keys[i] for i in structure.active]
     words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
-    names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(entries)]
+    names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(state.entries)]
     return PlannedStep(
       self,
       structure,
       leaves,
       own,
-      arrays,
-      treedef,
+      state,
       plan,
       names,
       dict(zip(structure.active, words, strict=True)),
@@ -593,8 +593,7 @@ class PlannedStep:
     structure: of the parameters.
     leaves: the parameters.
     own: the state of the optimizer.
-    arrays: of the state of what precedes it, and of its inner state.
-    treedef: of these.
+    state: of what precedes it, and its inner one.
     plan: of the update.
     names: of the entries.
     words: uint32[slots, 2] per leaf.
@@ -607,8 +606,7 @@ class PlannedStep:
   structure: _plan.Params
   leaves: list[Any]
   own: LowPrecisionState
-  arrays: list[Any]
-  treedef: Any
+  state: _plan.InnerState
   plan: _plan.Plan
   names: list[str]
   words: dict[int, jax.Array]
@@ -626,12 +624,12 @@ class PlannedStep:
   ) -> dict[int, jax.Array]:
     """Outer values of the plan, by number; see `_evaluate_outer`."""
     return _evaluate_outer(
-      self.plan, wanted, self.tile_size, self.zero, gradients, self.arrays, self.leaves, reduced, with_effects
+      self.plan, wanted, self.tile_size, self.zero, gradients, self.state.arrays, self.leaves, reduced, with_effects
     )
 
   def fields(self, i: int) -> list[Any]:
     """The state of a leaf, in the order of its update."""
-    return [self.arrays[e] for e in self.plan.leaves[i].fields]
+    return [self.state.arrays[e] for e in self.plan.leaves[i].fields]
 
   def leaf(self, i: int, outer: Mapping[int, jax.Array], in_place: bool) -> LeafStep:
     """The update of a leaf, from the outer values that it needs."""
@@ -664,7 +662,7 @@ class PlannedStep:
       outer: the values that what belongs to no leaf becomes.
       rest: the parameters or deltas of the leaves that are not updated, among all leaves.
     """
-    leaves, arrays = list(rest), list(self.arrays)
+    leaves, arrays = list(rest), list(self.state.arrays)
     for e, value in self.plan.shared.items():
       shared = jnp.broadcast_to(outer[value], arrays[e].shape)
       arrays[e] = shared if shared.dtype == arrays[e].dtype else shared.astype(arrays[e].dtype)
@@ -672,7 +670,7 @@ class PlannedStep:
       leaves[i] = leaf
       for e, array in zip(self.plan.leaves[i].fields, fields, strict=True):
         arrays[e] = array
-    combined = self.treedef.unflatten(arrays)
+    combined = self.state.treedef.unflatten(arrays)
     is_alone = self.optimizer.preceding is None
     *before, inner_state = (combined,) if is_alone else combined
     own = LowPrecisionState(optax.safe_increment(self.own.step), self.own.key, inner_state)

@@ -151,7 +151,7 @@ def _state_rows(
   params: _plan.Params, state: Any, choices: dict[tuple[str, str], _field_formats.Choice]
 ) -> tuple[list[MemoryRow], int]:
   """The rows of what belongs to parameters in an inner state, or any other; and the bytes of the rest."""
-  entries, arrays, _ = _plan.entries_of(params, state)
+  entries, arrays, _ = _plan.take_apart(params, state)
   formats = {entry.field: x.format for entry, x in zip(entries, arrays, strict=True) if _array.is_quantized(x)}
   rows, other = [], 0
   for entry, x in zip(entries, arrays, strict=True):
@@ -225,7 +225,7 @@ def memory_report(
       for path in (structure.paths[i] for i in structure.active)
     }
   state = _array.unwrap(opt_state)
-  entries, arrays, _ = _plan.entries_of(structure, state)
+  entries, arrays, _ = _plan.take_apart(structure, state)
   rows = []
   for i, (path, leaf) in enumerate(zip(structure.paths, leaves, strict=True)):
     update = updates.get(path)

@@ -15,6 +15,7 @@ import dataclasses
 import re
 import types
 from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,20 @@ class Entry:
   below: str | None
 
 
+class InnerState(NamedTuple):
+  """An inner state, taken apart.
+
+  Attributes:
+    entries: what its arrays are.
+    arrays: these, quantized ones as one; or ShapeDtypeStructs.
+    treedef: its structure.
+  """
+
+  entries: list[Entry]
+  arrays: list[Any]
+  treedef: Any
+
+
 def owned(entries: Sequence[Entry]) -> dict[int, int]:
   """For the entries that belong to a leaf, by index, the leaf."""
   return {e: entry.leaf for e, entry in enumerate(entries) if entry.leaf is not None}
@@ -111,8 +126,8 @@ def _find_parameter(path: Any, by_keys: dict[Any, int]) -> tuple[int, int, int] 
   return None
 
 
-def entries_of(params: Params, state: Any) -> tuple[list[Entry], list[Any], Any]:
-  """The entries of an inner state with their arrays, and the state's structure."""
+def take_apart(params: Params, state: Any) -> InnerState:
+  """The entries of an inner state with their arrays, and its structure."""
   by_keys = {params.keys[i]: i for i in params.active}
   items, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_array.is_quantized)
   entries = []
@@ -125,7 +140,7 @@ def entries_of(params: Params, state: Any) -> tuple[list[Entry], list[Any], Any]
       same = getattr(x, 'shape', None) == params.templates[leaf].shape and jnp.issubdtype(x.dtype, jnp.floating)
       leaf = leaf if same else None
     entries.append(Entry(_array.path_str(path), field, leaf, below))
-  return entries, [x for _, x in items], treedef
+  return InnerState(entries, [x for _, x in items], treedef)
 
 
 def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
@@ -147,8 +162,8 @@ def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
     raise
 
 
-def trace_init(inner: optax.GradientTransformation, params: Params) -> tuple[_program.Graph, Any]:
-  """The graph of `inner.init` on the dense parameters, and the state's ShapeDtypeStructs.
+def trace_init(inner: optax.GradientTransformation, params: Params) -> tuple[_program.Graph, InnerState]:
+  """The graph of `inner.init` on the dense parameters, and the state as ShapeDtypeStructs.
 
   Raises:
     TypeError: for complex state, naming it.
@@ -159,21 +174,19 @@ def trace_init(inner: optax.GradientTransformation, params: Params) -> tuple[_pr
       raise TypeError(
         f'{_array.path_str(path)}: complex state is not supported, the inner transformation has {x.dtype}'
       )
-  return graph, shapes
+  return graph, take_apart(params, shapes)
 
 
 def check_state(
   name: str,
   inner: optax.GradientTransformation,
   params: Params,
-  entries: Sequence[Entry],
-  arrays: Sequence[Any],
+  state: InnerState,
 ) -> None:
   """Raises a ValueError, naming the array, unless the state is one that inner makes for these parameters."""
-  _, shapes = trace_init(inner, params)
-  expected, templates, _ = entries_of(params, shapes)
-  found = {entry.path: x.shape for entry, x in zip(entries, arrays, strict=True)}
-  wanted = {entry.path: x.shape for entry, x in zip(expected, templates, strict=True)}
+  _, expected = trace_init(inner, params)
+  found = {entry.path: x.shape for entry, x in zip(state.entries, state.arrays, strict=True)}
+  wanted = {entry.path: x.shape for entry, x in zip(expected.entries, expected.arrays, strict=True)}
   problem = next((f'{path} is missing' for path in wanted if path not in found), None)
   problem = problem or next((f'it has no {path}' for path in found if path not in wanted), None)
   for path, shape in wanted.items():
@@ -267,18 +280,12 @@ class Plan:
     return {leaf for what, leaf in found if what == 'gradient'}
 
 
-def plan_first_update(
-  inner: optax.GradientTransformationExtraArgs,
-  params: Params,
-  entries: Sequence[Entry],
-  arrays: Sequence[Any],
-  treedef: Any,
-) -> Plan:
+def plan_first_update(inner: optax.GradientTransformationExtraArgs, params: Params, state: InnerState) -> Plan:
   """`plan_update` before any update, when extra arguments are not known; one that inner insists on is a scalar."""
   missing: dict[str, Any] = {}
   while True:
     try:
-      return plan_update(inner, params, entries, arrays, treedef, {}, placeholders=missing)
+      return plan_update(inner, params, state, {}, placeholders=missing)
     except Exception as error:
       message = str(error)
       names = re.findall(r"'(\w+)'", message) if 'required keyword-only argument' in message else []
@@ -295,9 +302,7 @@ def plan_first_update(
 def plan_update(
   inner: optax.GradientTransformationExtraArgs,
   params: Params,
-  entries: Sequence[Entry],
-  arrays: Sequence[Any],
-  treedef: Any,
+  state: InnerState,
   extra_args: dict[str, Any],
   gradients: Any = None,
   placeholders: Mapping[str, jax.ShapeDtypeStruct] = types.MappingProxyType({}),
@@ -307,9 +312,7 @@ def plan_update(
   Args:
     inner: the transformation.
     params: the parameters' structure.
-    entries: of the state.
-    arrays: the entries' arrays, of which shapes and dtypes count.
-    treedef: the state's structure.
+    state: of inner, of whose arrays shapes and dtypes count.
     extra_args: passed on; arrays in them are shared by all leaves.
     gradients: dense templates by leaf, for the manual axes along which they vary; None is those of the parameters.
     placeholders: extra arguments of which only shapes are known.
@@ -318,7 +321,8 @@ def plan_update(
     ValueError: if inner returns updates or a state of another structure than it got.
   """
   like_params = params.tree(params.templates)
-  like_state = treedef.unflatten([_mesh.template(_array.stored(x).codes, x.dtype) for x in arrays])
+  entries = state.entries
+  like_state = state.treedef.unflatten([_mesh.template(_array.stored(x).codes, x.dtype) for x in state.arrays])
   like_gradients = like_params if gradients is None else params.tree(gradients)
   graph, (updates, new_state) = _explained(
     'update',

@@ -129,7 +129,7 @@ class Microbatches:
       ValueError: if the state was made for other parameters.
     """
     if self.momentum is not None:
-      entries, arrays, _ = _plan.entries_of(structure, state.inner_opt_state)
+      entries, arrays, _ = _plan.take_apart(structure, state.inner_opt_state)
       owned = {entry.leaf: x for entry, x in zip(entries, arrays, strict=True) if entry.field == self.momentum.field}
       found = {i: owned.get(i) for i in structure.active}
     else:
@@ -148,7 +148,7 @@ class Microbatches:
     """The state with other targets."""
     if self.momentum is None:
       return state._replace(acc_grads=structure.tree(targets))
-    entries, arrays, treedef = _plan.entries_of(structure, state.inner_opt_state)
+    entries, arrays, treedef = _plan.take_apart(structure, state.inner_opt_state)
     arrays = [
       targets[entry.leaf] if entry.leaf is not None and entry.field == self.momentum.field else x
       for entry, x in zip(entries, arrays, strict=True)

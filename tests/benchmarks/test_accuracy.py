@@ -85,6 +85,7 @@ def file(accuracy, methods, tmp_path_factory):
     yield file
 
 
+@pytest.mark.slow
 def test_every_run_is_made_once(accuracy, file):
   configs = [run['config'] for run in accuracy.read(file)]
   assert all(config['task'] == 'chars' for config in configs)
@@ -104,6 +105,7 @@ def test_a_line_that_was_interrupted_is_no_run_and_makes_way(accuracy, tmp_path)
   assert accuracy.read(file) == [{'a': 1}, {'a': 2}, {'a': 3}]
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_it_takes_to_judge_it(accuracy, file):
   runs = [run for run in accuracy.read(file) if run['config']['settings']['steps'] == 20]
   hyperparameters = {'rate': 0.5, 'weight_decay': 0.0, 'clip': None, 'steps': 20, 'warmup': 2, 'final': 0.1}
@@ -151,6 +153,7 @@ def test_few_random_bits_lose_what_is_under_half_of_their_resolution(methods):
     assert bool(jnp.any(moved['w'].codes != params['w'].codes)) == moves
 
 
+@pytest.mark.slow
 def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, tmp_path):
   output, summaries = tmp_path / 'docs' / 'results.md', [tmp_path / 'accuracy.md', tmp_path / 'README.md']
   for summary in summaries:

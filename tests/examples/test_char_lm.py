@@ -89,6 +89,7 @@ def finished(tmp_path_factory, main):
   return main(folder, '--runs', 'adamw-fp32', 'adamw-8bit', '--results', 'results/lines.jsonl')
 
 
+@pytest.mark.slow
 def test_both_runs_learn_the_same(finished):
   fp32, low = finished.results['adamw-fp32'], finished.results['adamw-8bit']
   for result in (fp32, low):
@@ -126,6 +127,7 @@ def test_lion_follows_its_float32_run(tmp_path, main):
   assert low['validation_loss'] == pytest.approx(fp32['validation_loss'], rel=0.02)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_the_same_bits(tmp_path, monkeypatch, main, finished):
   monkeypatch.setattr(train_char_lm, 'VALIDATE_EVERY', 10)
   argv = ('--runs', 'adamw-8bit', '--checkpoint-dir', 'checkpoints')

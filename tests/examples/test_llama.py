@@ -82,6 +82,15 @@ def test_losses_are_those_of_the_logits(computed):
   np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
 
 
+def test_attention_a_block_of_queries_at_a_time_is_attention(monkeypatch):
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, (2, 10, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=True))
+  values_and_gradients = lambda: jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(llama.attend(*x))), (0, 1, 2))(q, k, v)
+  whole = values_and_gradients()
+  monkeypatch.setattr(llama, 'QUERIES', 4)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, values_and_gradients())
+
+
 def test_logits_are_those_of_transformers(folder, computed):
   pytest.importorskip('transformers')
   pytest.importorskip('torch')

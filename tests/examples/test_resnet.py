@@ -54,6 +54,7 @@ def curves(results):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_runs_learn_the_same(finished):
   low, fp32 = finished.results['lpmm'], finished.results['fp32']
   for result in (low, fp32):
@@ -69,6 +70,7 @@ def test_both_runs_learn_the_same(finished):
   assert low['reduction'] == 1 - low['bytes_per_param'] / fp32['bytes_per_param'] > 0
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_table_and_a_plot_and_tells_nothing_of_the_disk(finished, stopped):
   rows = [line for line in finished.out.splitlines() if '│' in line]
   for row, (name, result) in zip(rows, finished.results.items(), strict=True):
@@ -122,6 +124,7 @@ def test_bytes_per_parameter_of_the_default_network(run, formats, whole, split):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, main, stopped, finished, epochs):
   shutil.copytree(stopped.folder / 'checkpoints', tmp_path / 'checkpoints')
   for name, result in stopped.results.items():
@@ -133,6 +136,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, main, stopped, fini
     assert epochs == begun
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_settings_are_refused_before_anything_trains(tmp_path, main, stopped, epochs):
   shutil.copytree(stopped.folder / 'checkpoints', tmp_path / 'checkpoints')
   with pytest.raises(SystemExit) as refusal:

@@ -52,8 +52,8 @@ def test_the_kernel_gives_the_loops_bits(interpreted, name, format, shape, route
 @pytest.mark.parametrize(
   ('spec', 'axis_type'),
   [
-    (P('x', 'y'), AxisType.Auto),
     *slow(
+      (P('x', 'y'), AxisType.Auto),
       (P(('x', 'y'), None), AxisType.Auto),
       (P(), AxisType.Auto),
       (P('x', 'y'), AxisType.Explicit),

@@ -17,9 +17,9 @@ INTERPRETED = 'interpret'
 
 CASES = [
   ('adamw', lpmm.INT8, (509, 64), 'update'),
-  ('sgdm', lpmm.INT4, (509, 64), 'step'),
   *slow(
     ('adamw, int4', lpmm.INT8, (509, 64), 'step'),
+    ('sgdm', lpmm.INT4, (509, 64), 'step'),
     ('sgdm without feedback', lpmm.INT4, (3, 3, 64, 64), 'update'),
     ('sgdm', lpmm.INT8, (256, 1024), 'step'),
     ('sgdm', lpmm.INT8, (509, 64), 'step'),
@@ -45,8 +45,8 @@ def test_the_kernel_gives_the_loops_bits(interpreted, name, format, shape, route
 @pytest.mark.parametrize(
   ('spec', 'axis_type'),
   [
-    (P('x', 'y'), AxisType.Auto),
     *slow(
+      (P('x', 'y'), AxisType.Auto),
       (P(('x', 'y'), None), AxisType.Auto),
       (P(), AxisType.Auto),
       (P('x', 'y'), AxisType.Explicit),
@@ -59,7 +59,7 @@ def test_every_sharding_gives_the_same_bits_without_communication(interpreted, s
   updates.check_bits_of_shards(interpreted, lpmm.Format(block_size=16), spec, axis_type)
 
 
-@pytest.mark.parametrize('is_mapped', [True, *slow(False)])
+@pytest.mark.parametrize('is_mapped', slow(True, False))
 def test_shard_map_and_vmap_give_the_same_bits(interpreted, is_mapped):
   updates.check_bits_in_shard_map(interpreted, is_mapped)
 

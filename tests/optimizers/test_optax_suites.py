@@ -20,6 +20,8 @@ import pytest
 
 import lpmm_optax as lpmm
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 OURS = [
   {'opt_name': 'sgdm', 'opt_kwargs': {'learning_rate': 1e-3, 'error_feedback': True}},
   {'opt_name': 'sgdm', 'opt_kwargs': {'learning_rate': 1e-3, 'error_feedback': False, 'weight_decay': 1e-5}},
@@ -32,6 +34,7 @@ OURS = [
 ]
 
 IN_ALIAS_TEST = 'AliasTest has the same test of this optimizer'
+ANOTHER = 'another target, or another dtype, goes the same way through low_precision'
 
 # By a regular expression for the test's name, whose first part is that of the suite.
 EXCLUDED = {
@@ -43,6 +46,9 @@ EXCLUDED = {
   r'^Contrib.*test_state_shape.*wrapper_name=[a-z]': IN_ALIAS_TEST,  # It does without the wrapper.
   r'^Contrib.*extra_args.*wrapper_name=[a-z].*wrap=False': IN_ALIAS_TEST,
   r'^Contrib.*extra_args.*wrapper_name=None.*wrap=True': 'there is no wrapper: the same as with wrap=False',
+  r'InLowPrecision\.test_optimiz.*target=_setup_(matrix_)?parabola': ANOTHER,
+  r'InLowPrecision\.test_state_shape.*dtype=float(16|64)': ANOTHER,
+  r'InLowPrecision\.test_(preserve_dtype|gradient_acc).*dtype=float32': ANOTHER,
 }
 
 
@@ -137,15 +143,6 @@ def inner_of(x):
   if isinstance(x, lpmm.InPlaceTransformation):
     return x.inner
   return x.inner_state if isinstance(x, lpmm.LowPrecisionState) else x
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _compile_fast():
-  """Most of the time goes into compiling, and how well XLA optimizes is not tested here."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-  jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -115,6 +115,7 @@ def test_a_momentum_of_zero_is_plain_sgd_however_it_is_given(momentum):
     np.testing.assert_allclose(a, b, atol=0.02)  # The velocity has 8 bits.
 
 
+@pytest.mark.slow
 def test_feedback_is_on_where_it_can_be():
   grads = gradients(20)
   start = lpmm.quantize(tree(), lpmm.INT8)

@@ -1,7 +1,6 @@
 """Checkpoints: every optimizer's state comes back bit for bit, by every route, on every mesh; or there is an error."""
 
 import functools
-import gc
 import json
 import shutil
 
@@ -23,6 +22,8 @@ from runs import slow
 import lpmm_optax as lpmm
 from lpmm_optax import checkpoint
 from lpmm_optax.state import _description
+
+pytestmark = pytest.mark.usefixtures('compile_fast')
 
 DENSE = {
   'layer': {'kernel': jax.random.normal(jax.random.key(0), (64, 256)), 'bias': jnp.zeros(256)},
@@ -147,9 +148,9 @@ OTHERS = [name for name in RUNS if name not in ('microbatches', 'adamw')]
 @pytest.mark.parametrize(
   ('route', 'name'),
   [
-    *((route, 'microbatches') for route in ROUTES),
     ('manager', 'adamw'),
     ('flax.serialization', 'adamw'),
+    *slow(*((route, 'microbatches') for route in ROUTES)),
     *slow(*((route, name) for route in ('manager', 'flax.serialization') for name in OTHERS)),
   ],
 )
@@ -377,8 +378,6 @@ def test_a_checkpoint_without_description_is_told_apart(tmp_path, saved):
     checkpointer.restore(tmp_path / '0' / 'default', args=checkpoint.Restore(state))
 
 
-# Orbax leaves coroutines behind where it cannot read.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', ['one bit', 'second half cut', 'gone'])
 def test_a_damaged_file_is_an_error_and_never_another_state(tmp_path, saved, damage):
   folder, state = saved
@@ -402,7 +401,6 @@ def test_a_damaged_file_is_an_error_and_never_another_state(tmp_path, saved, dam
     else:
       # A file of which nothing was needed.
       assert_same_bits(restored, state)
-  gc.collect()  # What Orbax leaves behind, here and not in the next test.
   # Manifest, tree, description and arrays, at the least.
   assert len(errors) >= 4
   assert all('damaged' in error or checkpoint.FILE_NAME in error for error in errors)

@@ -12,6 +12,8 @@ from runs import slow
 
 import lpmm_optax as lpmm
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 DENSE = {'w': 0.05 * jax.random.normal(jax.random.key(0), (64, 256)), 'b': jnp.zeros(3)}
 RATE, MOMENTUM = 0.05, 0.9
 

@@ -12,7 +12,7 @@ from runs import step_by
 
 import lpmm_optax as lpmm
 
-pytestmark = pytest.mark.usefixtures('standard_promotion')
+pytestmark = pytest.mark.usefixtures('standard_promotion', 'compile_fast')
 
 
 def normal(seed, *shape):

@@ -8,7 +8,7 @@ from transformations import field_formats
 
 import lpmm_optax as lpmm
 
-pytestmark = pytest.mark.usefixtures('standard_promotion')
+pytestmark = pytest.mark.usefixtures('standard_promotion', 'compile_fast')
 PARAMS = lpmm.quantize({'w': jax.random.normal(jax.random.key(0), (96, 96))}, lpmm.INT8)
 DENSE = 'float32'
 

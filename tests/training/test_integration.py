@@ -165,6 +165,7 @@ def test_scan_cond_and_fori_loop():
   assert_same_bits(looped, expected)
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_equals_separate_runs():
   seeds = 3
   grads = jax.random.normal(jax.random.key(1), (seeds, 64, 256))
@@ -448,6 +449,7 @@ def test_a_chain_of_one_is_its_optimizer():
   assert_same_bits((new_params, new_state), (expected_params, expected_state))
 
 
+@pytest.mark.slow
 def test_clipping_in_a_chain_costs_no_memory():
   plain = lpmm.sgdm(decaying)
   clipped = lpmm.chain(optax.clip_by_global_norm(1.0), plain)
@@ -465,6 +467,7 @@ def test_clipping_in_a_chain_costs_no_memory():
   assert temporaries['clipped'] < temporaries['plain'] + 0.01 * total
 
 
+@pytest.mark.slow
 def test_temporaries_of_small_leaves_do_not_add_up():
   tx = lpmm.sgdm(decaying)
   grads = [jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 48

@@ -43,10 +43,8 @@ def run(path, loss, tx, params, steps, *args):
   ('name', 'tx'),
   [
     ('scan', 'adamw'),
-    ('unrolled', 'sgdm'),
-    *slow(
-      *[(name, tx) for name in LOSSES for tx in TXS if (name, tx) not in (('scan', 'adamw'), ('unrolled', 'sgdm'))]
-    ),
+    # Every optimizer with one loss, and every loss with one optimizer.
+    *slow(*[('scan', tx) for tx in TXS if tx != 'adamw'], *[(name, 'sgdm') for name in LOSSES if name != 'scan']),
   ],
 )
 def test_it_leaves_the_bits_of_the_ordinary_path(name, tx):

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from runs import assert_same_bits
+from runs import slow
 
 import lpmm_optax as lpmm
 
@@ -87,7 +88,7 @@ def test_finite_is_what_a_norm_says():
   assert not bool(finite(lpmm.quantize(DENSE | {'w': DENSE['w'].at[3, 5].set(jnp.nan)}, lpmm.INT8)))
 
 
-@pytest.mark.parametrize('use_grad_mean', [True, False])
+@pytest.mark.parametrize('use_grad_mean', [True, *slow(False)])
 def test_a_mean_of_gradients_is_that_of_the_microbatches_so_far(use_grad_mean):
   tx = lpmm.MultiSteps(lpmm.sgdm(0.1), 3, use_grad_mean)
   params, state = PARAMS, tx.init(PARAMS)

@@ -12,6 +12,8 @@ from runs import slow
 
 import lpmm_optax as lpmm
 
+pytestmark = pytest.mark.usefixtures('compile_fast')
+
 X = jax.random.normal(jax.random.key(1), (8, 64))
 
 

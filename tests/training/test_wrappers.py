@@ -155,6 +155,7 @@ SAYS_WHAT_TO_DO = '|'.join([r'lpmm_optax\.', *OF_OPTAX])
 ERRORS = (TypeError, ValueError, OverflowError)
 
 pytestmark = [
+  pytest.mark.usefixtures('compile_fast'),
   pytest.mark.filterwarnings('ignore:.*is deprecated:DeprecationWarning'),
   pytest.mark.filterwarnings('ignore:Specifying a key will be required:UserWarning'),
 ]
