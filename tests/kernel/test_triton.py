@@ -18,8 +18,8 @@ INTERPRETED = 'interpret'
 CASES = [
   ('adamw', lpmm.INT8, (509, 64), 'update'),
   *slow(
-    ('sgdm', lpmm.INT4, (509, 64), 'step'),
     ('adamw, int4', lpmm.INT8, (509, 64), 'step'),
+    ('sgdm', lpmm.INT4, (509, 64), 'step'),
     ('sgdm without feedback', lpmm.INT4, (3, 3, 64, 64), 'update'),
     ('sgdm', lpmm.INT8, (256, 1024), 'step'),
     ('sgdm', lpmm.INT8, (509, 64), 'step'),

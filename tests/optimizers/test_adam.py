@@ -86,7 +86,12 @@ LOW_PRECISION = {
   '4-bit moments': lambda **kwargs: lpmm.adam(0.01, formats=lpmm.INT4, **kwargs),
   '4-bit nu': lambda **kwargs: lpmm.adam(0.01, formats={'nu': lpmm.UINT4_SQRT}, **kwargs),
 }
-EACH = pytest.mark.parametrize('make', LOW_PRECISION.values(), ids=LOW_PRECISION)
+# '4-bit moments' have such a nu too.
+SLOW = {'4-bit nu': [pytest.mark.slow]}
+EACH_NAME = pytest.mark.parametrize('name', [pytest.param(name, marks=SLOW.get(name, ())) for name in LOW_PRECISION])
+EACH = pytest.mark.parametrize(
+  'make', [pytest.param(make, id=name, marks=SLOW.get(name, ())) for name, make in LOW_PRECISION.items()]
+)
 SHAPE = (64, 128)
 
 
@@ -193,7 +198,7 @@ def test_scaling_all_gradients_changes_nothing(make, exponent):
 CLOSENESS = dict.fromkeys(LOW_PRECISION, (0.99, 0.05)) | {'4-bit moments': (0.92, 0.1)}
 
 
-@pytest.mark.parametrize('name', LOW_PRECISION)
+@EACH_NAME
 @pytest.mark.parametrize('scale', [1e-10, 1e10, *slow(1e-5, 1e5)])
 def test_steps_are_those_of_float32_at_any_scale_of_the_gradients(name, scale):
   noise = lambda i: scale * jax.random.normal(jax.random.fold_in(jax.random.key(8), i), SHAPE)
