@@ -181,11 +181,12 @@ def attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def attend_in_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """The same, a block of queries at a time, whose scores are computed again in the backward pass."""
-  starts = jnp.arange(0, q.shape[1], QUERIES)
+  size = min(QUERIES, q.shape[1])
+  starts = jnp.arange(0, q.shape[1], size)
 
   def block(start):
-    queries = lax.dynamic_slice_in_dim(q, start, QUERIES, axis=1)
-    mask = start + jnp.arange(QUERIES)[:, None] >= jnp.arange(q.shape[1])
+    queries = lax.dynamic_slice_in_dim(q, start, size, axis=1)
+    mask = start + jnp.arange(size)[:, None] >= jnp.arange(q.shape[1])
     return jax.nn.dot_product_attention(queries, k, v, mask=mask[None, None])
 
   return jnp.moveaxis(lax.map(jax.checkpoint(block), starts), 0, 1).reshape(q.shape)

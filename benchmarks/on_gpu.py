@@ -469,17 +469,14 @@ def make_parts(small: bool) -> dict[str, dict[str, Callable[[Run], None]]]:
   one: Shapes = {'w': (16384, 8192)}
   many = gpt2(12, 768, 50257)
   trained = [
-    ('1B', 'lpmm.sgdm, kernel'),
     ('1B', 'lpmm.adamw, kernel'),
-    ('8B', 'lpmm.sgdm, kernel'),
+    ('8B', 'lpmm.lion without accumulator, kernel'),
+    ('8B', 'lpmm.adamw without accumulator, kernel'),
     ('1B', 'optax.adamw fp32'),
     ('8B', 'lpmm.adamw, kernel'),
   ]
   main, other, methods, seeds = MAIN_CASES, OTHER_CASES, ['sgdm-8', 'sgdm-fp32-velocity'], list(range(8))
-  models = {
-    '1B': accelerator_steps.TRAINED[accelerator_steps.TRAIN_1B],
-    '8B': accelerator_steps.TRAINED[accelerator_steps.TRAIN_8B],
-  }
+  models = {name: functools.partial(make, is_lean=True) for name, make in accelerator_steps.LLAMAS.items()}
   if small:
     main, other, methods, seeds = MAIN_CASES[:1], OTHER_CASES[-1:], methods[1:], seeds[:2]
     ours, stock, flashed, loops, sweep = ours[:1], stock[:1], flashed[:1], loops[:1], sweep[:1]
@@ -487,7 +484,7 @@ def make_parts(small: bool) -> dict[str, dict[str, Callable[[Run], None]]]:
     eight, stacked = {'w0': (128, 256)}, {'w': (4, 64, 128)}
     one, many = {'w': (64, 128)}, {'w': (128, 64), 'bias': (64,)}
     trained = [('1B', 'lpmm.sgdm, loop')]
-    models = {'1B': lambda: accelerator_steps.llama(2, 64, 64, 4, 2, tokens=16, vocabulary=256)}
+    models = {'1B': lambda: accelerator_steps.llama(2, 64, 64, 4, 2, tokens=16, vocabulary=256, is_lean=True)}
   return {
     'bits and times': {
       'environment': environment,
