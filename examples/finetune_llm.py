@@ -132,6 +132,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--data', type=Path, metavar='FILE', help='UTF-8 text, or .jsonl of chats (default: README.md and docs)')
   add('--output', type=Path, default=Path('out/finetune_llm'), metavar='DIR', help='(default %(default)s)')
   add('--optimizer', choices=RATES, default='adamw', help='(default %(default)s)')
+  add('--moment-bits', type=int, choices=(8, 4), default=8, help='of those of adamw (default %(default)s)')
   add('--learning-rate', type=float, help=f'after the warm-up (default {RATES})')
   add('--weight-decay', type=float, help=f'of matrices (default {DECAYS})')
   add('--steps', type=int, default=500, help='of the optimizer (default %(default)s)')
@@ -159,6 +160,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.error(
       f'--batch-size {args.batch_size} does not divide into {args.microbatches} microbatches on {args.mesh} devices'
     )
+  if args.moment_bits != 8 and args.optimizer != 'adamw':
+    parser.error(f'--moment-bits {args.moment_bits} is for adamw')
   if args.mesh > jax.device_count():
     parser.error(f'--mesh {args.mesh} needs as many devices, and there are {jax.device_count()}')
   if args.data is None and args.model is not None and not args.estimate:
@@ -355,8 +358,11 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
   key = jax.random.key(args.seed)
   if args.optimizer == 'sgdm':
     tx = lpmm.sgdm(schedule, weight_decay=args.weight_decay, key=key)
+  elif args.optimizer == 'lion':
+    tx = lpmm.lion(schedule, weight_decay=args.weight_decay, mask=mask, key=key)
   else:
-    tx = getattr(lpmm, args.optimizer)(schedule, weight_decay=args.weight_decay, mask=mask, key=key)
+    formats = lpmm.Format(bits=4, block_size=32) if args.moment_bits == 4 else 'default'
+    tx = lpmm.adamw(schedule, weight_decay=args.weight_decay, mask=mask, formats=formats, key=key)
   if args.clip_norm:
     clip = optax.clip_by_global_norm if args.microbatches > 1 else lpmm.clip_by_previous_norm
     tx = lpmm.chain(clip(args.clip_norm), tx)
@@ -425,7 +431,7 @@ def memory_parts(params: Any, opt_state: Any, compiled: jax.stages.Compiled) -> 
   """Bytes on one device: arguments, results that are not put in their place, temporaries."""
   memory = compiled.memory_analysis()
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-  part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  part = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) // 8
   on_device = lambda tree: sum(map(part, jax.tree.leaves(tree)))
   accumulator = on_device(getattr(opt_state, 'acc_grads', ()))
   parts = {

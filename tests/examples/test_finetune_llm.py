@@ -199,16 +199,21 @@ def test_a_mesh_of_four_trains_as_one_device(finished, outcome_in):
 
 
 @pytest.mark.slow
-def test_neither_weights_nor_gradients_exist_as_a_dense_tree(monkeypatch, outcome_in, tmp_path):
+@pytest.mark.parametrize(
+  ('options', 'state'),
+  [(['--optimizer', 'sgdm'], 1.02), (['--moment-bits', '4'], 1.13)],
+  ids=['sgdm', 'moments of 4 bits'],
+)
+def test_neither_weights_nor_gradients_exist_as_a_dense_tree(monkeypatch, outcome_in, tmp_path, options, state):
   shape = SMALL | {'num_hidden_layers': 16, 'hidden_size': 256, 'intermediate_size': 768, 'vocab_size': 4096}
   shape['tie_word_embeddings'] = False  # Tied ones have a gradient of two parts, which are summed.
   monkeypatch.setitem(finetune_llm.SHAPES, 'deep', shape)
   argv = ('--model', 'deep', '--estimate', '--context', '4', '--batch-size', '1')
-  parts = outcome_in(tmp_path, finetune_llm.main, *argv, '--optimizer', 'sgdm').results
+  parts = outcome_in(tmp_path, finetune_llm.main, *argv, *options).results
   shapes = llama.dense_shapes(llama.parse_config(shape))
   count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
   assert parts['parameters'] / count == pytest.approx(1.03, abs=0.01)
-  assert parts['optimizer state'] / count == pytest.approx(1.02, abs=0.02)
+  assert parts['optimizer state'] / count == pytest.approx(state, abs=0.02)
   assert parts['gradient accumulator'] == 0
   # Either would take four. What there is are tiles, whose size does not grow with the model, and one layer's weights.
   assert parts['activations, gradients, the rest'] / count < 1
