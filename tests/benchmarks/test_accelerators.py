@@ -1,9 +1,9 @@
 """What compiled programs are said to do is right on one that can be counted by hand, and the document says it."""
 
-import importlib.util
 from pathlib import Path
-import sys
 
+import accelerators
+import hlo
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -69,25 +69,7 @@ FLOATS, CODES = 65536, 16384
 TURN = 4 + (FLOATS + 2 * CODES) // 4
 
 
-def load(name):
-  spec = importlib.util.spec_from_file_location(name, ROOT / 'benchmarks' / f'{name}.py')
-  module = sys.modules[name] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-@pytest.fixture(scope='module')
-def hlo():
-  return load('hlo')
-
-
-@pytest.fixture(scope='module')
-def accelerators():
-  load('records')
-  return load('accelerators')
-
-
-def test_a_program_is_counted(hlo):
+def test_a_program_is_counted():
   counts = hlo.count(PROGRAM.replace('WHILE', LOOP))
   # A sum of numbers, four turns, two custom calls, the branch that moves more, a copy.
   assert counts.kernels == 1 + 4 + 2 + 1 + 1
@@ -99,13 +81,13 @@ def test_a_program_is_counted(hlo):
   assert counts.cycles == 7
 
 
-def test_a_loop_of_unknown_length_counts_once_and_waits(hlo):
+def test_a_loop_of_unknown_length_counts_once_and_waits():
   known, unknown = (hlo.count(PROGRAM.replace('WHILE', loop)) for loop in (LOOP, LOOP.partition(', backend')[0]))
   assert known.bytes - unknown.bytes == 3 * TURN
   assert unknown.unknown_loops == 1
 
 
-def test_what_runs_in_the_background_counts_as_well(hlo):
+def test_what_runs_in_the_background_counts_as_well():
   text = PROGRAM.replace('WHILE', LOOP)
   types = '((s8[64,256]{1,0}, s32[], f32[64,256]{1,0}), s8[64,256]{1,0}, u32[])'
   update = '%updated = s8[64,256]{1,0} fusion('
@@ -116,12 +98,12 @@ def test_what_runs_in_the_background_counts_as_well(hlo):
   assert hlo.count(started) == hlo.count(text)
 
 
-def test_an_array_that_is_also_read_whole_counts_whole(hlo):
+def test_an_array_that_is_also_read_whole_counts_whole():
   text = PROGRAM.replace('WHILE', LOOP).replace('s8[16,256]{1,0} convert(%gradient)', 's8[16,256]{1,0} fold(%p2)')
   assert hlo.count(text).bytes - hlo.count(PROGRAM.replace('WHILE', LOOP)).bytes == 4 * (FLOATS - FLOATS // 4)
 
 
-def test_operations_between_devices_are_counted(hlo):
+def test_operations_between_devices_are_counted():
   text = """
 ENTRY %main (codes: s8[64,256]) -> s8[128,256] {
   %codes = s8[64,256]{1,0} parameter(0)
@@ -134,7 +116,7 @@ ENTRY %main (codes: s8[64,256]) -> s8[128,256] {
   assert (counts.collectives, counts.collective_bytes) == (2, 4 * CODES)
 
 
-def test_a_fusion_may_end_in_an_operation_with_several_results(hlo):
+def test_a_fusion_may_end_in_an_operation_with_several_results():
   pair = '(f32[64]{0}, s32[64]{0})'
   text = f"""
 %pairs (p: f32[64,256]) -> (f32[64], s32[64]) {{
@@ -162,7 +144,7 @@ ENTRY %main (grads: f32[64,256]) -> (f32[64], s32[64]) {{
     ('token[]', 0),
   ],
 )
-def test_arrays_have_the_bytes_of_their_layout(hlo, type, size):
+def test_arrays_have_the_bytes_of_their_layout(type, size):
   assert sum(hlo.array_sizes(type)) == size
 
 
@@ -181,7 +163,7 @@ def row(target, model, method, **fields):
   return {'target': target, 'model': model, 'method': method, 'versions': {}} | zero | counts | times | fields
 
 
-def test_the_check_names_every_bound_that_is_missed(accelerators, monkeypatch, capsys):
+def test_the_check_names_every_bound_that_is_missed(monkeypatch, capsys):
   changed = {('h100', 'lpmm.sgdm, kernel'): {'bytes_moved': 851}, ('a100', 'lpmm.lion, kernel'): {'kernels': 40}}
 
   def compile_rows(target, model, names, seconds):
@@ -198,7 +180,7 @@ def test_the_check_names_every_bound_that_is_missed(accelerators, monkeypatch, c
   assert accelerators.main(['--check', '--targets', 'h100', 'a100']) == 0
 
 
-def test_a_lower_bound_of_what_is_moved_meets_no_bound(accelerators):
+def test_a_lower_bound_of_what_is_moved_meets_no_bound():
   (bound,) = [bound for bound in accelerators.BOUNDS if bound.targets == ('v5e',) and bound.limit == 10.8]
   for unknown, is_met in ((0, True), (8, False)):
     rows = [row('v5e', bound.model, 'lpmm.adamw, kernel', bytes_moved=600, unknown_loops=unknown)]
@@ -207,7 +189,7 @@ def test_a_lower_bound_of_what_is_moved_meets_no_bound(accelerators):
   assert '≥ 6.00' in verdict.sentence()
 
 
-def test_rows_that_are_there_are_not_made_again(accelerators, monkeypatch, tmp_path):
+def test_rows_that_are_there_are_not_made_again(monkeypatch, tmp_path):
   made = []
 
   def compile_rows(target, model, names, seconds):
@@ -225,7 +207,7 @@ def test_rows_that_are_there_are_not_made_again(accelerators, monkeypatch, tmp_p
     assert sorted(made) == [f'optax.{name} {dtype}' for name in expected for dtype in ('bf16', 'fp32')]
 
 
-def test_a_worker_that_dies_or_hangs_costs_one_row(accelerators, monkeypatch, tmp_path):
+def test_a_worker_that_dies_or_hangs_costs_one_row(monkeypatch, tmp_path):
   worker = tmp_path / 'accelerator_steps.py'
   worker.write_text("""
 import sys, time
@@ -242,7 +224,7 @@ for name in sys.argv[3:]:
   assert found == [1, 'the process died: out of memory', 1, 'not compiled within 3 s', 1]
 
 
-def test_documents_hold_what_the_runs_give(accelerators, tmp_path, monkeypatch):
+def test_documents_hold_what_the_runs_give(tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   copies = {'--document': ROOT / 'docs' / 'performance.md', '--readme': ROOT / 'README.md'}
   args = ['--report']

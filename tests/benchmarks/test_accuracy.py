@@ -1,14 +1,15 @@
 """The accuracy benchmark repeats no run that it has, and its report holds what the file does."""
 
-import importlib.util
 from pathlib import Path
 import re
-import sys
 
+import accuracy
 import jax
 import jax.numpy as jnp
+import methods
 import numpy as np
 import pytest
+import report
 
 import lpmm_optax as lpmm
 
@@ -16,30 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 METHODS = ('sgdm-fp32', 'sgdm-fp32-velocity', 'sgdm-8')
 
 
-def load(name):
-  spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f'{name}.py')
-  module = sys.modules[name] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-@pytest.fixture(scope='module')
-def methods():
-  load('records')
-  return load('methods')
-
-
-@pytest.fixture(scope='module')
-def accuracy(methods):
-  return load('accuracy')
-
-
-@pytest.fixture(scope='module')
-def report(accuracy):
-  return load('report')
-
-
-def regression(accuracy, settings):
+def regression(settings):
   """Of a linear function, which the weights reach."""
   settings = {'steps': 20} | settings
   target = jax.random.normal(jax.random.key(9), (64, 128))
@@ -68,11 +46,11 @@ def regression(accuracy, settings):
 
 
 @pytest.fixture(scope='module')
-def file(accuracy, methods, tmp_path_factory):
+def file(tmp_path_factory):
   """Results over two seeds: of three methods with one and two microbatches, and of an ablation of the steps."""
   file = tmp_path_factory.mktemp('accuracy') / 'results' / 'lines.jsonl'
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(accuracy.TASKS, 'chars', lambda args, **changed: regression(accuracy, changed))
+    patch.setitem(accuracy.TASKS, 'chars', lambda args, **changed: regression(changed))
     points = {str(n): methods.Point('sgdm-8', 1, {} if n == 20 else {'steps': n}) for n in (10, 20)}
     patch.setitem(methods.ABLATIONS, 'steps', methods.Ablation('chars', 'a test', 'steps', {'ours': points}))
     argv = ('--tasks', 'chars', '--methods', *METHODS, '--seeds', '0', '1', '--results', str(file))
@@ -86,7 +64,7 @@ def file(accuracy, methods, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_run_is_made_once(accuracy, file):
+def test_every_run_is_made_once(file):
   configs = [run['config'] for run in accuracy.read(file)]
   assert all(config['task'] == 'chars' for config in configs)
   names = [(config['settings']['steps'], *map(config.get, ('method', 'microbatches', 'seed'))) for config in configs]
@@ -95,7 +73,7 @@ def test_every_run_is_made_once(accuracy, file):
   assert sorted(names) == sorted(expected)
 
 
-def test_a_line_that_was_interrupted_is_no_run_and_makes_way(accuracy, tmp_path):
+def test_a_line_that_was_interrupted_is_no_run_and_makes_way(tmp_path):
   file = tmp_path / 'runs.jsonl'
   assert accuracy.read(file) == []
   accuracy.append(file, [{'a': 1}])
@@ -106,7 +84,7 @@ def test_a_line_that_was_interrupted_is_no_run_and_makes_way(accuracy, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_holds_what_it_takes_to_judge_it(accuracy, file):
+def test_a_run_holds_what_it_takes_to_judge_it(file):
   runs = [run for run in accuracy.read(file) if run['config']['settings']['steps'] == 20]
   hyperparameters = {'rate': 0.5, 'weight_decay': 0.0, 'clip': None, 'steps': 20, 'warmup': 2, 'final': 0.1}
   for run in runs:
@@ -131,8 +109,8 @@ def test_a_run_holds_what_it_takes_to_judge_it(accuracy, file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'microbatches'), [('sgdm-8', 1), ('sgdm-8-nearest', 2)])
-def test_seeds_together_end_as_each_alone(accuracy, methods, name, microbatches):
-  task = regression(accuracy, {'steps': 5})
+def test_seeds_together_end_as_each_alone(name, microbatches):
+  task = regression({'steps': 5})
   train = lambda seeds: accuracy.train(task, methods.METHODS[name], microbatches, seeds, lambda step: None)
   for seed, together in zip((3, 5), train([3, 5]), strict=True):
     (alone,) = train([seed])
@@ -141,7 +119,7 @@ def test_seeds_together_end_as_each_alone(accuracy, methods, name, microbatches)
     np.testing.assert_allclose(together.results['underflow'], alone.results['underflow'], rtol=1e-3)
 
 
-def test_few_random_bits_lose_what_is_under_half_of_their_resolution(methods):
+def test_few_random_bits_lose_what_is_under_half_of_their_resolution():
   simulated = methods.Simulated(random_bits=4)
   # The first of each block is its largest; it stays where it is, and so does the grid.
   is_first = jnp.zeros((64, 128), bool).at[:, ::64].set(True)
@@ -154,7 +132,7 @@ def test_few_random_bits_lose_what_is_under_half_of_their_resolution(methods):
 
 
 @pytest.mark.slow
-def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, tmp_path):
+def test_the_report_holds_means_spreads_and_differences(file, tmp_path):
   output, summaries = tmp_path / 'docs' / 'results.md', [tmp_path / 'accuracy.md', tmp_path / 'README.md']
   for summary in summaries:
     summary.write_text(f'before\n{report.BEGIN}\nold\n{report.END}\nafter\n')
@@ -195,7 +173,7 @@ def test_the_report_holds_means_spreads_and_differences(accuracy, report, file, 
     assert [line for line in lines if line.startswith('| sgdm-8:') and base[0].split('|')[5].strip() in line]
 
 
-def test_documents_hold_what_the_runs_give(report, tmp_path, monkeypatch):
+def test_documents_hold_what_the_runs_give(tmp_path, monkeypatch):
   root = BENCHMARKS.parent
   monkeypatch.chdir(root)
   monkeypatch.setattr(report, 'save', lambda figure, file: file.name)

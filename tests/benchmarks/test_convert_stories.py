@@ -1,10 +1,8 @@
 """A checkpoint of llama2.c, converted, computes what it did, and its tokenizer spells what is not in its vocabulary."""
 
-import importlib.util
-from pathlib import Path
 import struct
-import sys
 
+import convert_stories
 import jax
 import jax.numpy as jnp
 import llama
@@ -46,11 +44,7 @@ def folder(weights, tmp_path_factory):
   folder = tmp_path_factory.mktemp('stories')
   content = [struct.pack('<7i', *HEADER), *(x.tobytes() for x in weights.values()), struct.pack('<i', 5), spelled]
   (folder / 'llama2.data').write_bytes(b''.join(content))
-  path = Path(__file__).parents[2] / 'benchmarks/convert_stories.py'
-  spec = importlib.util.spec_from_file_location('convert_stories', path)
-  module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  module.main([str(folder / 'llama2.data'), str(folder / 'model')])
+  convert_stories.main([str(folder / 'llama2.data'), str(folder / 'model')])
   return folder / 'model'
 
 

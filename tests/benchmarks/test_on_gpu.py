@@ -11,9 +11,8 @@ BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 
 
 @pytest.mark.slow
-def test_a_rehearsal_has_a_result_of_every_stage(tmp_path, monkeypatch):
+def test_a_rehearsal_has_a_result_of_every_stage(tmp_path):
   pytest.importorskip('flashoptim_jax')
-  monkeypatch.syspath_prepend(BENCHMARKS)
   import on_gpu
 
   results = tmp_path / 'results.jsonl'

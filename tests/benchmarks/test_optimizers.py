@@ -1,34 +1,20 @@
 """`benchmarks/optimizers.py`: it finds Optax's optimizers, and the document holds what the runs gave."""
 
-import importlib.util
 from pathlib import Path
-import sys
 
+import optimizers
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
 
-def load(name):
-  spec = importlib.util.spec_from_file_location(name, ROOT / 'benchmarks' / f'{name}.py')
-  module = sys.modules[name] = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-@pytest.fixture(scope='module')
-def optimizers():
-  load('records')
-  return load('optimizers')
-
-
-def test_the_document_holds_what_the_runs_give(optimizers):
+def test_the_document_holds_what_the_runs_give():
   text = (ROOT / optimizers.DOCUMENT).read_text()
   runs = optimizers.read(ROOT / optimizers.RESULTS)
   assert text == optimizers.with_lines(text, optimizers.BEGIN, optimizers.END, optimizers.table(runs))
 
 
-def test_optimizers_are_found_by_name(optimizers):
+def test_optimizers_are_found_by_name():
   found = optimizers.optimizers()
   assert {'adamw', 'sgd', 'amsgrad', 'contrib.muon', 'contrib.schedule_free_adamw', 'contrib.cocob'} <= set(found)
   assert not any('scale_by' in name for name in found)
@@ -38,7 +24,7 @@ def test_optimizers_are_found_by_name(optimizers):
 
 @pytest.mark.usefixtures('standard_promotion')
 @pytest.mark.slow
-def test_a_run_goes_on_where_it_was_interrupted(optimizers, tmp_path):
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
   file = tmp_path / 'runs.jsonl'
   optimizers.measure(file, ['contrib.prodigy'], 1, 20)
   found = optimizers.read(file)

@@ -1,22 +1,13 @@
 """The summary of the examples' results."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope='module')
-def summary():
-  spec = importlib.util.spec_from_file_location('summary', Path(__file__).parents[2] / 'benchmarks' / 'summary.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+import summary
 
 
 @pytest.fixture
-def summarize(summary, tmp_path, capsys):
+def summarize(tmp_path, capsys):
   """The rows that a file with these lines, (settings, results), is summarised in."""
 
   def rows(*records):

@@ -104,6 +104,7 @@ def test_both_runs_learn_the_same(finished):
   assert low['validation_loss'] != fp32['validation_loss']
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_a_table_a_plot_and_a_line_of_results(finished):
   assert finished.err == ''
   assert str(finished.folder) not in finished.out

@@ -82,6 +82,7 @@ def test_losses_are_those_of_the_logits(computed):
   np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_attention_a_block_of_queries_at_a_time_is_attention(monkeypatch):
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (jax.random.normal(key, (2, 10, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=True))

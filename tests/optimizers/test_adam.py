@@ -86,8 +86,7 @@ LOW_PRECISION = {
   '4-bit moments': lambda **kwargs: lpmm.adam(0.01, formats=lpmm.INT4, **kwargs),
   '4-bit nu': lambda **kwargs: lpmm.adam(0.01, formats={'nu': lpmm.UINT4_SQRT}, **kwargs),
 }
-# '4-bit moments' have such a nu too.
-SLOW = {'4-bit nu': [pytest.mark.slow]}
+SLOW = dict.fromkeys(('4-bit moments', '4-bit nu'), pytest.mark.slow)
 EACH_NAME = pytest.mark.parametrize('name', [pytest.param(name, marks=SLOW.get(name, ())) for name in LOW_PRECISION])
 EACH = pytest.mark.parametrize(
   'make', [pytest.param(make, id=name, marks=SLOW.get(name, ())) for name, make in LOW_PRECISION.items()]

@@ -58,6 +58,7 @@ def test_small_gradients_beside_large_ones_train_as_in_float32(name):
   assert ours < 1.1 * theirs
 
 
+@pytest.mark.slow
 def test_a_second_moment_in_bfloat16_takes_the_first_with_it():
   tx = lambda formats: lpmm.adam(1e-3, formats=formats, error_feedback=False)
   found = [run(tx(formats), wide, 1500, jnp.zeros(SHAPE))[0] for formats in ({'nu': lpmm.BFLOAT16}, {'nu': None}, None)]

@@ -155,7 +155,7 @@ ALIAS = 'optax._src.alias_test', 'AliasTest', ('alias',)
 CONTRIB = 'optax.contrib._common_test', 'ContribTest', ('alias', 'combine', 'contrib')
 
 AliasTestOfOurs = load_suite('AliasTestOfOurs', *ALIAS, lambda _: lpmm, OURS)
-ContribTestOfOurs = load_suite('ContribTestOfOurs', *CONTRIB, lambda _: lpmm, OURS)
+ContribTestOfOurs = pytest.mark.slow(load_suite('ContribTestOfOurs', *CONTRIB, lambda _: lpmm, OURS))
 AliasTestInLowPrecision = pytest.mark.slow(load_suite('AliasTestInLowPrecision', *ALIAS, InLowPrecision))
 ContribTestInLowPrecision = pytest.mark.slow(load_suite('ContribTestInLowPrecision', *CONTRIB, InLowPrecision))
 SUITES = AliasTestOfOurs, ContribTestOfOurs, AliasTestInLowPrecision, ContribTestInLowPrecision

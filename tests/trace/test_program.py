@@ -105,8 +105,8 @@ def test_an_extra_argument_that_is_missing_at_init_is_taken_for_a_number():
 @pytest.mark.parametrize(
   'count',
   [
-    lambda x: jnp.sum(jnp.abs(x) > 0.5),
     *slow(
+      lambda x: jnp.sum(jnp.abs(x) > 0.5),
       lambda x: jnp.max(jnp.sign(x).astype(jnp.int32)),
       lambda x: jnp.any(x > 0.5).astype(jnp.int32),
       lambda x: jnp.min(jnp.round(10 * jnp.abs(x)).astype(jnp.int32)),
@@ -148,6 +148,7 @@ def test_state_kept_below_a_parameter_is_stored_in_formats():
   assert 'm' in lpmm.memory_report(params, state).groups
 
 
+@pytest.mark.slow
 def test_eager_steps_of_injected_hyperparameters_compile_once_and_leak_nothing():
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(

@@ -370,6 +370,7 @@ def test_the_noise_of_a_parameter_used_often_grows_as_a_root(how):
   assert 2.7 < often / once < 3.3
 
 
+@pytest.mark.slow
 def test_a_stopped_gradient_moves_nothing():
   layers = jax.random.normal(jax.random.key(0), (2, 64, 64)) / 8
   params = lpmm.quantize({'first': layers[0], 'layers': layers, 'both': layers[1]}, lpmm.INT8)

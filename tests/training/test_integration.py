@@ -258,7 +258,7 @@ def test_averages_of_quantized_arrays_are_refused():
   np.testing.assert_allclose(average['a'], PAIR['a'], rtol=1e-2)
 
 
-@pytest.mark.parametrize('make', [optax.contrib.prodigy, optax.contrib.dog])
+@pytest.mark.parametrize('make', [optax.contrib.dog, *slow(optax.contrib.prodigy)])
 def test_states_that_start_as_the_parameters_can_be_donated(make):
   params = {'w': jnp.ones((16, 16)), 'q': lpmm.quantize(jnp.ones((64, 64)), lpmm.INT8)}
   tx = lpmm.low_precision(make(0.1))
