@@ -58,6 +58,8 @@ SUMMARY = (
 SHORT_SUMMARY = (
   'adamw-fp32',
   'adamw-8',
+  'adamw-8/8/4',
+  'adamw-8/4',
   'adamw-flash',
   'sgdm-fp32-velocity',
   'sgdm-8',
