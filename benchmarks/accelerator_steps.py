@@ -143,13 +143,14 @@ def training_step(method: Method, model: peak_memory.Model) -> Program:
   return Program(step, (params, jax.eval_shape(tx.init, params), *model.batch))
 
 
-def adapter_step(name: str, model: peak_memory.Model) -> Program:
-  """Forward pass, backward pass and AdamW in float32, of low-rank factors beside matrices that stay."""
-  base = jax.eval_shape(lambda key: STORES.get(LORA[name].by, peak_memory.int8)(model.init(key)), jax.random.key(0))
+def adapter_step(method: Method, model: peak_memory.Model) -> Program:
+  """Forward pass, backward pass and optimizer in float32, of low-rank factors beside matrices that stay."""
+  store = STORES.get(method.by, peak_memory.int8)
+  base = jax.eval_shape(lambda key: store(model.init(key)), jax.random.key(0))
   matrices = {path: x.shape for path, x in base['layers'].items() if len(x.shape) == 3}
   factor = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   adapters = {k: (factor(layers, rows, RANK), factor(layers, RANK, out)) for k, (layers, rows, out) in matrices.items()}
-  tx = stock('adamw')
+  tx = stock(method.optimizer)
 
   def step(params, opt_state, *batch):
     loss = lambda adapters: model.loss(params['base'] | {'adapters': adapters}, *batch)
@@ -406,8 +407,8 @@ def measure(target: str, model: str, name: str, mesh: jax.sharding.Mesh) -> dict
     if model in STEPS:
       program = optimizer_step(method, STEPS[model](), TARGETS[target].platform)
     else:
-      make = partial(adapter_step, name) if name in LORA else partial(training_step, method)
-      program = make(TRAINED[model]())
+      make = adapter_step if name in LORA else training_step
+      program = make(method, TRAINED[model]())
     return compile_and_count(program, mesh, SPLIT.get(model, ONE_DEVICE), model in TRAINED)
   except Exception as error:
     return {'error': f'{type(error).__name__}: {str(error)[:300]}'}

@@ -133,7 +133,7 @@ class LinearCodec:
   def _codes(self, stored: Stored) -> jax.Array:
     """In view, as integers that have their values."""
     codes = self.blocks.view.split(stored.codes)
-    return codes.astype(jnp.int32) & 15 if self._lacks_sign else codes
+    return codes.astype(jnp.int32) & self.format.max_code if self._lacks_sign else codes
 
   @property
   def _lacks_sign(self) -> bool:
@@ -259,7 +259,8 @@ class LinearCodec:
     fraction_bits = self.format.fraction_bits
     codes = payload.word >> (fraction_bits + 1)
     if self._lacks_sign:
-      codes = codes << 28 >> 28
+      above = 32 - self.format.bits
+      codes = codes << above >> above
     codes = codes.astype(self.format.code_dtype)
     error = (payload.word << (31 - fraction_bits)) >> (31 - fraction_bits)
     error = error.astype(jnp.float32) * np.float32(2.0**-fraction_bits)

@@ -196,7 +196,7 @@ def test_bfloat16_rounds_to_nearest_even_as_jax_does_without_a_key():
 
 @pytest.mark.parametrize('format', [*LINEAR, lpmm.BFLOAT16], ids=str)
 @pytest.mark.parametrize('key', [0, *slow(None)])
-@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.settings(max_examples=20, deadline=None)
 @hypothesis.given(
   rows=st.sampled_from([1, 2, 7]),
   columns=st.sampled_from([1, 3, 31, 64, 96, 97, 128, 200]),

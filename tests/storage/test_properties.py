@@ -75,7 +75,7 @@ def check_stored(x, q):
   assert np.all(np.abs(y - values) <= np.maximum(step, 2.0**-100 if q.format.has_scales else 2.0**-126) + own)
 
 
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=40, deadline=None)
 @hypothesis.given(
   tree=st.lists(arrays(), min_size=1, max_size=3),
   format=FORMATS,
