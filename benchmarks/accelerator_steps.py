@@ -126,7 +126,7 @@ def optimizer_step(method: Method, shapes: Any, platform: str) -> Program:
 def training_step(method: Method, model: peak_memory.Model) -> Program:
   """Forward pass, backward pass and optimizer, on one of four microbatches, or, without an accumulator, on all."""
   if method.by == 'flash':
-    tx = flash(method.optimizer, fused=False)
+    tx = flash(method.optimizer, fused=jax.default_backend() == 'gpu')
     step = peak_memory.flash(tx, model.loss)
   elif method.by.startswith('optax'):
     make = partial(stock, method.optimizer)

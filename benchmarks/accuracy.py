@@ -273,7 +273,19 @@ def stories(args: argparse.Namespace, **changed: int) -> Task:
   )
 
 
-TASKS = {'digits': digits, 'cifar10': cifar10, 'chars': chars, 'chars-finetune': chars_finetune, 'stories': stories}
+def stories_long(args: argparse.Namespace) -> Task:
+  """Two and a half epochs; for a GPU."""
+  return stories(args, batch_size=16, context=256, steps=200)
+
+
+TASKS = {
+  'digits': digits,
+  'cifar10': cifar10,
+  'chars': chars,
+  'chars-finetune': chars_finetune,
+  'stories': stories,
+  'stories-long': stories_long,
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run
@@ -437,6 +449,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--stories', type=Path, metavar='DIR', help='what benchmarks/convert_stories.py has written')
   add('--cifar10', type=Path, metavar='DIR', help='where the archive of CIFAR-10 was unpacked')
   add('--epochs', type=int, default=200, help='of CIFAR-10 (default %(default)s)')
+  add('--steps', type=int, help='stop after so many, for a rehearsal')
   add('--results', type=Path, default=DEFAULT_RESULTS, metavar='FILE', help='(default %(default)s)')
   add('--list', action='store_true', help='list methods and ablations, and stop')
   args = parser.parse_args(argv)
@@ -508,6 +521,8 @@ def main(argv: list[str] | None = None) -> None:
   args.results.parent.mkdir(parents=True, exist_ok=True)
   for name in args.tasks:
     task = TASKS[name](args)
+    if args.steps is not None:
+      task = task._replace(settings=task.settings | {'steps': args.steps}, steps=args.steps, warmup=1)
     run(args, name, task, table_points(args, task.rates))
   for ablation in map(ABLATIONS.get, args.ablations):
     by_settings: dict[tuple, list[Point]] = {}

@@ -1,13 +1,16 @@
 """What needs a real GPU: whether the kernel gives the loop's bits, how long a step takes, and how much memory.
 
   pip install -e '.[examples,benchmarks]' and jax with CUDA
-  python benchmarks/on_gpu.py --results results.jsonl --cifar10 ~/data
+  python benchmarks/on_gpu.py --results results.jsonl --stories stories15M --text FILE --cifar10 DIR
   python benchmarks/on_gpu.py --results rehearsal.jsonl --small   # on a CPU, the kernel interpreted
 
 Parts run in order of value, each in a process of its own, for a device tells the peak of its memory once a process: a
 part that fails costs no other. Each result is appended as a line of JSON as soon as it is there, an error instead of a
 result is one too, and what no longer fits into the time is named. Programs are traced one by one, compiled by threads,
 and all of a stage are compiled before one of them is timed. Exit status: 0 if all parts ran to their ends, else 1.
+
+The last part runs scripts side by side, which share the device: `examples/finetune_llm.py` on a model of 8B random
+parameters, and `benchmarks/accuracy.py`, which appends what it finds to a file of its own beside the results.
 """
 
 import argparse
@@ -37,6 +40,8 @@ import optax
 import lpmm_optax as lpmm
 from lpmm_optax.kernel import _triton
 
+sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
+
 Shapes = dict[str, tuple[int, ...]]
 
 OURS: dict[str, Callable[[], Any]] = {
@@ -44,6 +49,7 @@ OURS: dict[str, Callable[[], Any]] = {
   'sgdm without feedback': lambda: lpmm.sgdm(0.1, error_feedback=False),
   'adamw': lambda: lpmm.adamw(1e-3),
   'lion': lambda: lpmm.lion(1e-4),
+  'adamw of 4 bits': lambda: lpmm.adamw(1e-3, formats=lpmm.Format(bits=4, block_size=32)),
   'rmsprop': lambda: lpmm.low_precision(optax.rmsprop(1e-3, momentum=0.9)),
   'accumulation': lambda: lpmm.MultiSteps(lpmm.adamw(1e-3), 2, accumulator=lpmm.INT8),
 }
@@ -64,8 +70,24 @@ OTHER_CASES = [
   ('adamw', lpmm.INT8, (3, 3, 64, 64), 'step'),
   ('lion', lpmm.INT16, (64, 128), 'step'),
   ('sgdm', lpmm.INT8, MAIN, 'shard_map'),
+  ('sgdm', lpmm.INT4, (256, 96), 'step'),
+  ('adamw of 4 bits', lpmm.INT8, (509, 64), 'update'),
   ('adamw', lpmm.INT8, (4, 64, 128), 'vmap'),
 ]
+# Methods of benchmarks/accuracy.py, in the scripts that run side by side.
+STORIES = {
+  'AdamW': ['adamw-fp32', 'adamw-8'],
+  '4 bits': ['adamw-8/4', 'adamw-8/8/4'],
+  'without feedback': ['adamw-8-nearest', 'adamw-8-plain'],
+  'bfloat16': ['adamw-bf16-nearest', 'adamw-bf16'],
+  'Lion': ['lion-fp32', 'lion-8'],
+  'flashoptim-jax': ['adamw-flash'],
+}
+CIFAR10 = {
+  'float32': ['sgdm-fp32', 'sgdm-fp32-velocity'],
+  '8 bits': ['sgdm-8', 'sgdm-8-paper', 'sgdm-8-nearest'],
+}
+SCRIPTS = 'scripts'
 # In the first rows of a gradient.
 SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, 1e30, 3e38, 1e-30)
 
@@ -73,14 +95,13 @@ SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, 1e30, 3e38, 1e-30)
 class Run:
   """The results file, the time, and the threads that compile."""
 
-  def __init__(self, results: Path, seconds: float, small: bool, cifar10: Path | None):
-    self.start, self.seconds, self.small = time.perf_counter(), seconds, small
-    self.cifar10 = cifar10
-    self.file = results.open('a')
-    self.pool = concurrent.futures.ThreadPoolExecutor(2 if small else 8)
+  def __init__(self, args: argparse.Namespace):
+    self.start, self.seconds, self.small, self.args = time.perf_counter(), args.seconds, args.small, args
+    self.file = args.results.open('a')
+    self.pool = concurrent.futures.ThreadPoolExecutor(2 if self.small else 8)
     self.device = jax.devices()[0]
     self.cpu = jax.devices('cpu')[0]
-    watchdog = threading.Timer(seconds + 15, self.bark)
+    watchdog = threading.Timer(args.seconds + 15, self.bark)
     watchdog.daemon = True
     watchdog.start()
 
@@ -331,22 +352,32 @@ def gpt2(layers: int, width: int, vocabulary: int) -> Shapes:
 
 
 def random_params(shapes: Any) -> Any:
-  """Parameters of the given shapes, QuantizedArrays and dense arrays, of random codes; none exists dense on the way."""
+  """Parameters of the given shapes, QuantizedArrays and dense arrays, at random; none exists in float32 on the way."""
 
   @functools.partial(jax.jit, static_argnums=(1, 2))
-  def codes(key, shape, dtype):
-    draw = lambda key, shape: jnp.maximum(jax.random.bits(key, shape, jnp.uint8).astype(dtype), -127)
+  def draw(key, shape, dtype):
+    def codes(key, shape):
+      return jnp.maximum(jax.random.bits(key, shape, jnp.uint8).astype(jnp.int8), -127).astype(dtype)
+
     if len(shape) < 3:
-      return draw(key, shape)
-    return jax.lax.map(lambda key: draw(key, shape[1:]), jax.random.split(key, shape[0]))
+      return codes(key, shape)
+    return jax.lax.map(lambda key: codes(key, shape[1:]), jax.random.split(key, shape[0]))
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def scaled(codes):
+    return codes / jnp.asarray(deviation(codes), codes.dtype)
+
+  # Of codes that are uniform, for what keeps the size of activations.
+  deviation = lambda matrix: 73 * math.sqrt(matrix.shape[-2])
 
   def one(number, leaf):
-    if not lpmm.is_quantized(leaf):
-      return jnp.ones(leaf.shape, leaf.dtype)  # Gains.
-    # Of codes that are uniform, with a standard deviation of 73.
-    scale = np.asarray(1 / (73 * math.sqrt(leaf.shape[-2])), jnp.bfloat16).view(np.uint16)
-    made = codes(jax.random.key(number), leaf.shape, leaf.codes.dtype.name)
-    return jax.tree.unflatten(jax.tree.structure(leaf), [made, jnp.full(leaf.scales.shape, scale)])
+    is_matrix = len(leaf.shape) > 1 and leaf.shape[-2] >= 64  # Others are gains, of a layer or of all.
+    key = jax.random.key(number)
+    if lpmm.is_quantized(leaf):
+      scale = np.asarray(1 / deviation(leaf), jnp.bfloat16).view(np.uint16)
+      made = draw(key, leaf.shape, leaf.codes.dtype.name)
+      return jax.tree.unflatten(jax.tree.structure(leaf), [made, jnp.full(leaf.scales.shape, scale)])
+    return scaled(draw(key, leaf.shape, leaf.dtype)) if is_matrix else jnp.ones(leaf.shape, leaf.dtype)
 
   leaves, treedef = jax.tree.flatten(shapes, is_leaf=lpmm.is_quantized)
   return treedef.unflatten([one(*leaf) for leaf in enumerate(leaves)])
@@ -380,12 +411,14 @@ def training(run: Run, models: dict[str, Any], entries: list[tuple[str, str]]) -
       state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state_shapes)
       batch = [jax.random.randint(jax.random.key(1), x.shape, 0, 256, x.dtype) for x in batch_shapes]
       n = sum(x.size for x in jax.tree.leaves(params, is_leaf=lpmm.is_quantized))
+      accumulates = METHODS[case['method']].accumulates
+      microbatches = accelerator_steps.peak_memory.MICROBATCHES if accumulates else 1
       rounds, values = [], []
-      for i in range(3 if run.small else 6):  # Of all microbatches of a step; the first warms up.
+      for i in range(3 if run.small else 5):  # Of all microbatches of a step; the first warms up.
         if i > 1 and not run.has_time(2 * rounds[-1] + 2, **case, round=i):
           break
         start = time.perf_counter()
-        for _ in range(accelerator_steps.peak_memory.MICROBATCHES):
+        for _ in range(microbatches):
           params, state, value = compiled(params, state, *batch)
         values.append(float(value))
         rounds.append(time.perf_counter() - start)
@@ -394,7 +427,8 @@ def training(run: Run, models: dict[str, Any], entries: list[tuple[str, str]]) -
       run.say(
         **case,
         parameters=n,
-        best_ms_per_step=round(1e3 * min(rounds[1:]), 2),
+        best_ms_per_microbatch=round(1e3 * min(rounds[1:]) / microbatches, 2),
+        microbatches=microbatches,
         losses=values,
         compiled_peak_bytes=arguments + memory.temp_size_in_bytes,
         measured_peak_bytes=stats.get('peak_bytes_in_use'),
@@ -403,46 +437,89 @@ def training(run: Run, models: dict[str, Any], entries: list[tuple[str, str]]) -
       del compiled, params, state, batch
 
 
-def images(run: Run, methods: list[str], seeds: list[int]) -> None:
-  """The ResNet-20 of the examples on CIFAR-10, or in a rehearsal a smaller one on the digits, all seeds at once.
+def write_model(folder: Path, small: bool) -> None:
+  """A Llama of random weights in Hugging Face's layout: of 8B parameters, or tiny. Its tokens are the bytes."""
+  import finetune_llm
+  import llama
+  import tokenizers
 
-  As many epochs as the time lets; a method that does not come to its end has no result.
-  """
-  import accuracy
+  raw = finetune_llm.SMALL if small else finetune_llm.SHAPES['llama-3.1-8b']
+  config = llama.parse_config(raw)
+  normal = np.random.default_rng(0).standard_normal(2**22, np.float32).astype(jnp.bfloat16)
 
-  case = {'test': 'accuracy', 'task': 'digits' if run.small else 'cifar10'}
+  def get(name):
+    shape, _ = llama.tensors(config)[name]
+    if len(shape) == 1:
+      return np.ones(shape, jnp.bfloat16)
+    return np.resize(normal * np.asarray(shape[-1] ** -0.5, jnp.bfloat16), shape)
+
+  llama.save(folder, raw, get, jnp.bfloat16)
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.save(str(folder / 'tokenizer.json'))
+
+
+def scripts(run: Run) -> None:
+  """Scripts side by side: what they print, and whether they came to their ends; what has no data is left out."""
+  args, root = run.args, Path(__file__).parents[1]
+  found = args.results.with_suffix('.accuracy.jsonl')
+  accuracy = [root / 'benchmarks' / 'accuracy.py', '--together', '--microbatches', '1', '--results', found]
+  seeds = ['--seeds', *map(str, range(2 if run.small else 5))]
+  # By name: what is run, and the share of the device's memory that it gets.
+  commands: dict[str, tuple[list[Any], float]] = {}
   if run.small:
-    task = accuracy.images(accuracy.datasets.digits(), {'depth': 8, 'width': 8, 'batch_size': 64, 'epochs': 1}, 0.1)
-    task = task._replace(steps=4, warmup=1)
-  elif run.cifar10 is None:
-    run.say(**case, skipped='no --cifar10')
-    return
-  else:
-    # Augmenting on the host takes a few seconds per epoch, compiling and the first step forty seconds.
-    epochs = int(max(1, min(30, (run.left() / len(methods) - 40) / 6)))
-    settings = {'depth': 20, 'width': 16, 'batch_size': 128, 'epochs': epochs}
-    task = accuracy.images(accuracy.datasets.cifar10(run.cifar10), settings, 0.1)
-  os.environ['LPMM_KERNEL'] = '0' if run.small else 'cuda'
-
-  def check_time(step):
-    if run.left() < 2:
-      raise TimeoutError(f'no time left after {step} of {task.steps} steps')
-
-  for method in methods:
-    with run.reporting(**case, method=method), jax.numpy_dtype_promotion('standard'):
-      if not run.has_time(10, **case, method=method):
-        continue
-      outcomes = accuracy.train(task, accuracy.METHODS[method], 1, seeds, check_time)
-      run.say(
-        **case,
-        method=method,
-        settings=task.settings,
-        seeds=seeds,
-        metrics=[outcome.results['metric'] for outcome in outcomes],
-        train_losses=[outcome.results['train_loss'] for outcome in outcomes],
-        bytes_per_param=outcomes[0].results['bytes_per_param'],
-        seconds=round(outcomes[0].results['seconds'], 1),
+    commands['accuracy'] = [*accuracy, *seeds, '--tasks', 'digits', '--methods', 'sgdm-8', '--steps', '4'], 0.2
+  if args.stories is not None:
+    data = ['--tasks', 'stories-long', '--stories', args.stories, '--text', args.text, '--methods']
+    for name, methods in STORIES.items():
+      commands[f'stories, {name}'] = [*accuracy, *seeds, *data, *methods], 0.08
+  if args.cifar10 is not None:
+    data = ['--tasks', 'cifar10', '--cifar10', args.cifar10, '--epochs', str(args.epochs), '--methods']
+    for name, methods in CIFAR10.items():
+      commands[f'cifar10, {name}'] = [*accuracy, *seeds, *data, *methods], 0.08
+  if args.model is not None or run.small:
+    folder = args.model or args.results.with_suffix('.model')
+    if not (folder / 'tokenizer.json').is_file():
+      write_model(folder, run.small)
+    steps, context = (2, 64) if run.small else (20, 2048)
+    options = {
+      'data': root / 'README.md',
+      'batch-size': 1,
+      'steps': steps,
+      'context': context,
+      'output': folder / 'out',
+    }
+    script = [root / 'examples' / 'finetune_llm.py', '--model', folder, '--sample-tokens', '8']
+    commands['finetune_llm'] = [*script, *(f'--{name}={value}' for name, value in options.items())], 0.42
+  started = {}
+  for name, (command, share) in commands.items():
+    environment = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': str(share), 'COLUMNS': '160'}
+    environment.pop('XLA_PYTHON_CLIENT_PREALLOCATE', None)
+    log = args.results.with_suffix(f'.{name.replace(", ", "_")}.log')
+    with log.open('w') as file:
+      process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=file, stderr=subprocess.STDOUT, env=environment
       )
+    started[name] = process, log, time.perf_counter()
+  while started:
+    for name, (process, log, start) in list(started.items()):
+      if process.poll() is None and run.left() > 5:
+        continue
+      process.kill()  # Of no effect on one that has ended.
+      process.wait()
+      del started[name]
+      lines = [line.rstrip() for line in log.read_text().splitlines() if line.strip()]
+      run.say(
+        test='script',
+        script=name,
+        status=process.returncode,
+        seconds=round(time.perf_counter() - start, 1),
+        output=lines[-60:],
+        **({} if process.returncode == 0 else {'error': 'did not come to its end'}),
+      )
+    time.sleep(0.2)
 
 
 def timed(size: str, shapes: Shapes, entries: list[Entry]) -> Callable[[Run], None]:
@@ -471,16 +548,18 @@ def make_parts(small: bool) -> dict[str, dict[str, Callable[[Run], None]]]:
   trained = [
     ('1B', 'lpmm.adamw, kernel'),
     ('8B', 'lpmm.lion without accumulator, kernel'),
+    ('8B', 'lpmm.adamw, 4-bit moments without accumulator, kernel'),
     ('8B', 'lpmm.adamw without accumulator, kernel'),
-    ('1B', 'optax.adamw fp32'),
     ('8B', 'lpmm.adamw, kernel'),
+    ('8B', 'flash_adamw'),
+    ('8B', 'optax.adamw bf16 without accumulator'),
   ]
-  main, other, methods, seeds = MAIN_CASES, OTHER_CASES, ['sgdm-8', 'sgdm-fp32-velocity'], list(range(8))
+  main, other = MAIN_CASES, OTHER_CASES
   models = {name: functools.partial(make, is_lean=True) for name, make in accelerator_steps.LLAMAS.items()}
   if small:
-    main, other, methods, seeds = MAIN_CASES[:1], OTHER_CASES[-1:], methods[1:], seeds[:2]
+    main, other = MAIN_CASES[:1], OTHER_CASES[-1:]
     ours, stock, flashed, loops, sweep = ours[:1], stock[:1], flashed[:1], loops[:1], sweep[:1]
-    # Of whole training steps the loop, and of the ResNet Optax: others would take a minute to compile.
+    # Of whole training steps the loop: the kernel would take a minute to compile.
     eight, stacked = {'w0': (128, 256)}, {'w': (4, 64, 128)}
     one, many = {'w': (64, 128)}, {'w': (128, 64), 'bias': (64,)}
     trained = [('1B', 'lpmm.sgdm, loop')]
@@ -501,8 +580,8 @@ def make_parts(small: bool) -> dict[str, dict[str, Callable[[Run], None]]]:
       'other bits': lambda run: bits(run, other),
       'times of GPT-2': timed('GPT-2 small', many, stock + ours),
       'sweep': timed('sweep', one, sweep),
-      'accuracy': lambda run: images(run, methods, seeds),
     },
+    SCRIPTS: {'scripts': scripts},
   }
 
 
@@ -520,24 +599,39 @@ def run_part(run: Run, stages: dict[str, Callable[[Run], None]]) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--results', type=Path, required=True, help='file that lines of JSON are appended to')
-  parser.add_argument('--seconds', type=float, default=520, help='time after which nothing more is begun')
-  parser.add_argument('--cifar10', type=Path, metavar='DIR', help='where the archive of CIFAR-10 was unpacked')
-  parser.add_argument('--small', action='store_true', help='rehearse on a CPU')
-  parser.add_argument('--part', help='run that alone, in this process')
+  add = parser.add_argument
+  add('--results', type=Path, required=True, help='file that lines of JSON are appended to')
+  add('--seconds', type=float, default=520, help='time after which nothing more is begun')
+  add('--model', type=Path, metavar='DIR', help='to fine-tune; a Llama of 8B random parameters is made there if needed')
+  add('--stories', type=Path, metavar='DIR', help='what benchmarks/convert_stories.py has written')
+  add('--text', type=Path, metavar='FILE', help='that stories15M is fine-tuned on')
+  add('--cifar10', type=Path, metavar='DIR', help='where the archive of CIFAR-10 was unpacked')
+  add('--epochs', type=int, default=30, help='of CIFAR-10 (default %(default)s)')
+  add('--small', action='store_true', help='rehearse on a CPU')
+  add('--write-model', action='store_true', help='write --model, without a device, and stop')
+  add('--parts', nargs='+', metavar='PART', help='run these alone')
+  add('--part', help='run that alone, in this process')
   args = parser.parse_args()
   start = time.perf_counter()
+  if args.write_model:
+    write_model(args.model, args.small)
+    return
   parts = make_parts(args.small)
   if args.part:
     jax.config.update('jax_platforms', 'cpu' if args.small else 'cuda,cpu')
-    run_part(Run(args.results, args.seconds, args.small, args.cifar10), parts[args.part])
+    run_part(Run(args), parts[args.part])
   # Each part leaves a third of what there is to those behind it.
   statuses = []
-  for i, part in enumerate(parts):
+  names = args.parts or list(parts)
+  for i, part in enumerate(names):
     left = args.seconds - (time.perf_counter() - start)
-    share = left if i == len(parts) - 1 else 2 * left / 3
+    share = left if i == len(names) - 1 else 2 * left / 3
     own = ['--part', part, '--seconds', str(share)]
-    statuses.append(subprocess.run([sys.executable, *sys.argv, *own]).returncode)
+    # Scripts have their own shares.
+    memory = (
+      {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} if part == SCRIPTS else {'XLA_PYTHON_CLIENT_MEM_FRACTION': '.95'}
+    )
+    statuses.append(subprocess.run([sys.executable, *sys.argv, *own], env=os.environ | memory).returncode)
   sys.exit(int(any(statuses)))
 
 
