@@ -119,7 +119,8 @@ def update_in_place(task: _body.Task, interpret: bool) -> Any:
   lots = choose_lots(size, max(ELEMENTS, _unit(blocks)))
   for lot in lots:
     view = _view.run(lot.tile, [size for _, size in blocks])
-    body = _body.trace(of_run, view, (size,), (values, origin), zero, [jnp.uint32(0)], reads, writes)
+    barrier = zero if interpret else None
+    body = _body.trace(of_run, view, (size,), (values, origin), barrier, [jnp.uint32(0)], reads, writes)
     new = _update_lot(body, size, lot, len(lots) == 1, interpret)
     writes = jax.tree.unflatten(jax.tree.structure(writes), new)
   return jax.tree.map(lambda x, new: new.reshape(x.shape), whole, writes)
@@ -190,12 +191,22 @@ def _convert(x: jax.Array, *, new_dtype: Any, **_: Any) -> jax.Array:
 
 
 def _rules(plt: Any) -> dict[str, Callable]:
-  """What Pallas' Triton does not know; `plt` is its module."""
+  """What Pallas' Triton does not know, or must not contract; `plt` is its module."""
+
+  def instruction(asm, *args):
+    operands = ', '.join(f'${i}' for i in range(len(args) + 1))
+    shape = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
+    constraints = ','.join(['=f', *'f' * len(args)])
+    code = f'{asm} {operands};'
+    return plt.elementwise_inline_asm(code, args=args, constraints=constraints, pack=1, result_shape_dtypes=[shape])[0]
 
   def round_to_even(x, *, rounding_method):
     assert rounding_method == lax.RoundingMethod.TO_NEAREST_EVEN
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    asm = 'cvt.rni.f32.f32 $0, $1;'
-    return plt.elementwise_inline_asm(asm, args=[x], constraints='=r,r', pack=1, result_shape_dtypes=[shape])[0]
+    return instruction('cvt.rni.f32.f32', x)
 
-  return {'round': round_to_even}
+  def multiply(x, y, **_):
+    # LLVM would make a product and a sum one operation; what PTX is told how to round stays as it is.
+    x, y = jnp.broadcast_arrays(x, y)
+    return instruction('mul.rn.f32', x, y) if x.dtype == jnp.float32 and x.ndim else x * y
+
+  return {'round': round_to_even, 'mul': multiply}

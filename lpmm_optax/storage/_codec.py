@@ -82,7 +82,7 @@ def fresh_scale(absmax: jax.Array, max_code: int) -> jax.Array:
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:
-  """1 / s, correctly rounded on every platform, for s a normal bfloat16 value; 0 for s = 0, and finite for NaN.
+  """1 / s, correctly rounded on every platform, for s a normal bfloat16 value; 0 for s = 0, and normal for NaN.
 
   The significand is an integer M from 128 to 255, so the quotient 2^31 / M, which has 24 bits, is an integer division:
   of floats, which is approximate on a GPU or TPU, and of what that has left, to the nearest integer.
@@ -95,7 +95,9 @@ def reciprocal(scale: jax.Array) -> jax.Array:
   # 2^31 - quotient * M, a few M at the most, so exact modulo 2^32. No rest is half an M, hence none is rounded wrongly.
   rest = np.int32(-(2**31)) - quotient * significand
   quotient = quotient + jnp.floor(rest.astype(jnp.float32) * inverse + np.float32(0.5)).astype(jnp.int32)
-  power = _float_of(jnp.clip(np.int32(254) - exponent, 1, 254) << 23)
+  # No scale of a block has a larger exponent than 252. That of NaN, which times infinity gives a code, must not vanish
+  # where denormal numbers do.
+  power = _float_of(jnp.clip(np.int32(254) - exponent, 2, 254) << 23)
   inverse = quotient.astype(jnp.float32) * np.float32(2.0**-24) * power
   return jnp.where(exponent == 0, np.float32(0), inverse)
 
