@@ -58,6 +58,7 @@ from records import with_lines
 
 HERE = Path(__file__).parent
 DEFAULT_RESULTS = Path('benchmarks/results/accelerators.jsonl')
+MEASURED = Path('benchmarks/results/gpu_h100.jsonl')
 DEFAULT_PLOT = Path('benchmarks/results/accelerators.png')
 DOCUMENT = Path('docs/performance.md')
 BEGIN, END = '<!-- Begin: made by benchmarks/accelerators.py -->', '<!-- End: made by benchmarks/accelerators.py -->'
@@ -532,13 +533,17 @@ def fitting(rows: dict[Key, Row], key: Key) -> str:
   return f'{gib:.1f}' if gib <= USABLE * CARDS['80 GB'] else f'({gib:.1f})'
 
 
-def headline(rows: dict[Key, Row]) -> Iterator[str]:
-  """What an 8B model takes, for the README."""
-  yield line(['one step of fine-tuning, on an H100', 'peak, GiB', 'B/param'])
-  yield '|---|---|---|'
+def headline(rows: dict[Key, Row], measured: list[Row]) -> Iterator[str]:
+  """What an 8B model takes, for the README: compiled, and measured by `benchmarks/on_gpu.py`."""
+  yield line(['one step of fine-tuning, on an H100', 'peak, GiB', 'B/param', 'measured peak, GiB', 'ms a sequence'])
+  yield '|' + '---|' * 5
+  ran = {row['method']: row for row in measured if row.get('model') == '8B' and 'measured_peak_bytes' in row}
   for method in FINETUNING:
     key = 'h100', FINE_TUNE_8B, method
-    yield line([method.removesuffix(', kernel'), fitting(rows, key), text_of(rows, key, 'peak')])
+    found = ['', '']
+    if method in ran:
+      found = [f'{ran[method]["measured_peak_bytes"] / 2**30:.1f}', f'{ran[method]["best_ms_per_microbatch"]:.0f}']
+    yield line([method.removesuffix(', kernel'), fitting(rows, key), text_of(rows, key, 'peak'), *found])
 
 
 def tables(rows: dict[Key, Row]) -> Iterator[str]:
@@ -637,6 +642,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--seconds', type=float, default=600, help='for one row (default %(default)s)')
   add('--check', action='store_true', help='make the quick rows with bounds, write nothing, judge')
   add('--report', action='store_true', help='print tables of the file, and put them into the document')
+  add('--measured', type=Path, default=MEASURED, metavar='FILE', help='of an H100 (default %(default)s)')
   add('--document', type=Path, default=DOCUMENT, metavar='FILE', help='(default %(default)s)')
   add('--readme', type=Path, default=Path('README.md'), metavar='FILE', help='(default %(default)s)')
   add(
@@ -655,7 +661,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.report:
       lines = list(tables(rows))
       print('\n'.join(lines))
-      for file, part in ((args.document, lines), (args.readme, headline(rows))):
+      for file, part in ((args.document, lines), (args.readme, headline(rows, read(args.measured)))):
         file.write_text(with_lines(file.read_text(), BEGIN, END, part))
     if args.plot:
       save_plot(args.plot, rows)

@@ -3,6 +3,7 @@
   pip install -e '.[examples,benchmarks]' and jax with CUDA
   python benchmarks/on_gpu.py --results results.jsonl --stories stories15M --text FILE --cifar10 DIR
   python benchmarks/on_gpu.py --results rehearsal.jsonl --small   # on a CPU, the kernel interpreted
+  python benchmarks/on_gpu.py --results benchmarks/results/gpu_h100.jsonl --report docs/performance.md
 
 Parts run in order of value, each in a process of its own, for a device tells the peak of its memory once a process: a
 part that fails costs no other. Each result is appended as a line of JSON as soon as it is there, an error instead of a
@@ -36,12 +37,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from records import read
+from records import with_lines
 
 import lpmm_optax as lpmm
 from lpmm_optax.kernel import _triton
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'examples'))
 
+BEGIN, END = '<!-- Begin: made by benchmarks/on_gpu.py -->', '<!-- End: made by benchmarks/on_gpu.py -->'
 Shapes = dict[str, tuple[int, ...]]
 
 OURS: dict[str, Callable[[], Any]] = {
@@ -473,7 +477,7 @@ def scripts(run: Run) -> None:
       0.2,
     )
   if args.stories is not None:
-    data = ['--together', '--tasks', 'stories-long', '--stories', args.stories, '--text', args.text, '--methods']
+    data = ['--together', '--tasks', 'stories', '--stories', args.stories, '--text', args.text, '--methods']
     for name, methods in STORIES.items():
       commands[f'stories, {name}'] = [*accuracy, *seeds, *data, *methods], 0.08
   if args.cifar10 is not None:
@@ -586,6 +590,36 @@ def make_parts(small: bool) -> dict[str, dict[str, Callable[[Run], None]]]:
   }
 
 
+def tables(rows: list[dict[str, Any]]) -> Iterator[str]:
+  """Of a file of results: times of optimizer steps, with their ratios to Optax in float32, and training steps."""
+  line = lambda cells: '| ' + ' | '.join(cells) + ' |'
+  timed = [row for row in rows if row['test'] == 'time' and 'best_ms' in row and 'elements' not in row]
+  columns = list(dict.fromkeys((row['size'], row['commit']) for row in timed))
+  found = {(row['size'], row['commit'], row['by'], row['optimizer']): row['best_ps_per_parameter'] for row in timed}
+  yield line(['', *(f'{size}, {commit}' for size, commit in columns)])
+  yield '|' + '---|' * (1 + len(columns))
+  names = list(dict.fromkeys((row['by'], row['optimizer']) for row in timed))
+  for by, name in sorted(names, key=lambda entry: ('optax', 'flash', 'kernel', 'loop').index(entry[0])):
+    stock = name if by == 'optax' else f'optax.{name.split()[0].replace("sgdm", "sgd")}'
+    cells = []
+    for column in columns:
+      own, base = found.get((*column, by, name)), found.get((*column, 'optax', stock))
+      cells.append(
+        '' if own is None else f'{own:.1f}' if by == 'optax' or base is None else f'{own:.1f} ({own / base:.2f})'
+      )
+    title = name if by == 'optax' else f'flashoptim-jax, {name}' if by == 'flash' else f'lpmm.{name}, {by}'
+    yield line([title, *cells])
+  yield ''
+  yield line(['training step', 'ms a sequence', 'measured peak, GiB', 'compiled peak, GiB', 'B/param'])
+  yield '|' + '---|' * 5
+  for row in rows:
+    if 'measured_peak_bytes' in row:
+      peak = row['measured_peak_bytes']
+      gib = [f'{x / 2**30:.2f}' for x in (peak, row['compiled_peak_bytes'])]
+      title = f'{row["model"]}, {row["method"]}'
+      yield line([title, f'{row["best_ms_per_microbatch"]:.0f}', *gib, f'{peak / row["parameters"]:.2f}'])
+
+
 def run_part(run: Run, stages: dict[str, Callable[[Run], None]]) -> None:
   """The stages, one after the other, as long as there is time; then the process ends."""
   for name, stage in stages.items():
@@ -610,12 +644,17 @@ def main() -> None:
   add('--epochs', type=int, default=10, help='of CIFAR-10 (default %(default)s)')
   add('--small', action='store_true', help='rehearse on a CPU')
   add('--write-model', action='store_true', help='write --model, without a device, and stop')
+  add('--report', type=Path, metavar='FILE', help='put tables of the results into this document, and stop')
   add('--parts', nargs='+', metavar='PART', help='run these alone')
   add('--part', help='run that alone, in this process')
   args = parser.parse_args()
   start = time.perf_counter()
   if args.write_model:
     write_model(args.model, args.small)
+    return
+  if args.report:
+    lines = tables(read(args.results))
+    args.report.write_text(with_lines(args.report.read_text(), BEGIN, END, lines))
     return
   parts = make_parts(args.small)
   if args.part:

@@ -66,7 +66,7 @@ SHORT_SUMMARY = (
   'sgdm-bf16-nearest',
   'sgdm-8-nearest',
 )
-SHORT_SUMMARY_TASKS = ('chars', 'chars-finetune')
+SHORT_SUMMARY_TASKS = ('chars', 'chars-finetune', 'stories')
 BEGIN, END = '<!-- Begin: made by benchmarks/report.py -->', '<!-- End -->'
 INTRODUCTION = """# Results
 

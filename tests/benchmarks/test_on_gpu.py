@@ -1,4 +1,4 @@
-"""What is to run on a GPU, rehearsed on a CPU; `.ci/accelerators` runs it, where all that it imports is installed."""
+"""What is to run on a GPU, rehearsed on a CPU, where `.ci/accelerators` has all that it imports; and its report."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,17 @@ import sys
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / 'benchmarks'
+
+
+def test_the_document_holds_what_the_runs_give(tmp_path):
+  document = ROOT / 'docs' / 'performance.md'
+  copy = tmp_path / document.name
+  copy.write_text(document.read_text())
+  results = BENCHMARKS / 'results' / 'gpu_h100.jsonl'
+  subprocess.run([sys.executable, BENCHMARKS / 'on_gpu.py', '--results', results, '--report', copy], check=True)
+  assert copy.read_text() == document.read_text()
 
 
 @pytest.mark.slow
