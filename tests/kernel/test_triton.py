@@ -133,6 +133,9 @@ def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, sha
   with on_an_h100():
     lowered = updates.lower_for(name, format, shape, ('cuda', 'cpu', 'rocm', 'tpu'))
   assert [platform for platform, text in lowered.items() if 'xla.gpu.triton' in text] == ['cuda']
+  # A product that LLVM knows of may become one operation with a sum.
+  assert 'mul.rn.f32' in lowered['cuda']
+  assert 'mulf' not in lowered['cuda']
 
 
 @pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated:DeprecationWarning')
