@@ -207,7 +207,13 @@ def _rules(plt: Any) -> dict[str, Callable]:
 
   def multiply(x, y, **_):
     # LLVM would make a product and a sum one operation; what PTX is told how to round stays as it is.
-    x, y = jnp.broadcast_arrays(x, y)
-    return instruction('mul.rn.f32', x, y) if x.dtype == jnp.float32 and x.ndim else x * y
+    if x.dtype != jnp.float32:
+      return x * y
+    shape = jnp.broadcast_shapes(x.shape, y.shape)
+    x, y = (jnp.broadcast_to(operand, shape or (1,)) for operand in (x, y))  # Of one block, a number.
+    return instruction('mul.rn.f32', x, y).reshape(shape)
 
-  return {'round': round_to_even, 'mul': multiply}
+  def power(x, *, y):
+    return multiply(x, x) if y == 2 else instruction('mov.f32', lax.integer_pow(x, y))
+
+  return {'round': round_to_even, 'mul': multiply, 'square': lambda x: multiply(x, x), 'integer_pow': power}

@@ -53,8 +53,9 @@ _ELEMENTWISE = frozenset({
 
 REDUCTIONS = frozenset({'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_sum'})
 
+_PRODUCTS = frozenset({'integer_pow', 'mul', 'square'})
 # What consumes a product without being able to absorb it into a fused multiply-add.
-_ABSORBS_NOTHING = frozenset({'abs', 'bitcast_convert_type', 'convert_element_type', 'mul', 'round'})
+_ABSORBS_NOTHING = _PRODUCTS | {'abs', 'bitcast_convert_type', 'convert_element_type', 'round'}
 
 _UINT_OF_BYTES = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
@@ -199,7 +200,7 @@ class Graph:
         full = [jnp.broadcast_to(x, self.shape(value)) for x, value in zip(operands, op.inputs, strict=True)]
         results = op.primitive.bind(*full, **op.primitive.get_bind_params(op.params))
         results = results if op.primitive.multiple_results else [results]
-      if zero is not None and op.primitive is lax.mul_p and op.outputs[0] in self.absorbable:
+      if zero is not None and op.name in _PRODUCTS and op.outputs[0] in self.absorbable:
         results = [_opaque(x, zero) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in results]
       for value, x in zip(op.outputs, results, strict=True):
         env[value] = jnp.reshape(x, ()) if self.uniform[value] and np.ndim(x) else x

@@ -169,11 +169,12 @@ def test_quantize_follows_the_sharding_of_an_explicit_mesh():
   )
 
 
-def test_uncontracted_products_are_rounded_and_others_are_not():
+@pytest.mark.parametrize('product', [lambda a, b: a * b, lambda a, _: jnp.square(a), lambda a, _: a**2])
+def test_uncontracted_products_are_rounded_and_others_are_not(product):
   a, b, c = (jax.random.normal(jax.random.key(i), (4096,)) for i in range(3))
-  fused = lambda a, b, c: a * b + c
+  fused = lambda a, b, c: product(a, b) + c
   guarded = lambda count, *args: _program.uncontracted(fused, _program.runtime_zero(_program.hidden(count)))(*args)
-  rounded_twice = np.asarray(a) * np.asarray(b) + np.asarray(c)
+  rounded_twice = np.asarray(product(a, b)) + np.asarray(c)
   np.testing.assert_array_equal(jax.jit(guarded)(jnp.int32(3), a, b, c), rounded_twice)
   # The reason for the guard: without it this compiler contracts.
   assert np.any(jax.jit(fused)(a, b, c) != rounded_twice)
