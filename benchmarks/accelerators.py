@@ -103,6 +103,7 @@ TPU_ENVIRONMENT = {
 TARGETS = {
   'h100': gpu('h100', 'H100'),
   'a100': gpu('a100', 'A100'),
+  'rtx4090': gpu('rtx4090', 'RTX 4090'),
   'v5e': Target('tpu', 'v5e:2x2', None, 'libtpu', ('libtpu',), TPU_ENVIRONMENT, 'TPU v5e'),
 }
 

@@ -1,4 +1,4 @@
-"""`python -m lpmm_optax.self_check`: prints whether this device gives the CPU's bits, and how fast it steps."""
+"""`python -m lpmm_optax.self_check`: prints whether this device has the right bits, and how fast it steps."""
 
 import sys
 import types
@@ -18,4 +18,4 @@ sys.modules[__name__].__class__ = _Callable
 if __name__ == '__main__':
   found = _self_check.self_check()
   print(found)
-  sys.exit(0 if found.has_the_bits_of_a_cpu else 1)
+  sys.exit(0 if found.is_sound else 1)

@@ -1,4 +1,4 @@
-"""`self_check`: whether the device that is there gives the CPU's bits, and how fast it steps."""
+"""`self_check`: whether the drivers of the device that is there have the same bits, and a CPU's, and how fast it is."""
 
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -30,6 +30,8 @@ _OPTIMIZERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
   'lion': (lambda: lion(1e-4), lambda: optax.lion(1e-4)),
 }
 _STEPS = 3
+# Devices divide and take roots with other last bits, which seldom make another code: on an H100, of 3 in 100,000.
+_MOST_OF_DEVICE = 1e-3
 # In the first rows of the last step's gradient.
 _SPECIAL = (np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-40, 1e-30, 1e30, 3e38)
 
@@ -41,7 +43,9 @@ class CheckRow:
   Attributes:
     optimizer: its name.
     driver: 'kernel' or 'loop'.
-    differing: how many stored numbers (codes, scales, dense values) differ from the CPU's after three steps.
+    not_of_loop: how many stored numbers (codes, scales, dense values) differ from those of the loop on the same device,
+      after three steps; None where there is no loop.
+    not_of_cpu: how many differ from a CPU's.
     stored: of how many.
     seconds: per step.
     bytes_per_second: of arrays that a step must read and write at least once.
@@ -50,7 +54,8 @@ class CheckRow:
 
   optimizer: str
   driver: str
-  differing: int
+  not_of_loop: int | None
+  not_of_cpu: int
   stored: int
   seconds: float
   bytes_per_second: float
@@ -74,21 +79,22 @@ class SelfCheck:
   rows: tuple[CheckRow, ...]
 
   @property
-  def has_the_bits_of_a_cpu(self) -> bool:
-    """Whether nothing differs."""
-    return not any(row.differing for row in self.rows)
+  def is_sound(self) -> bool:
+    """Whether kernel and loop have the same bits, and all but a thousandth of them are a CPU's."""
+    return all(not row.not_of_loop and row.not_of_cpu <= _MOST_OF_DEVICE * row.stored for row in self.rows)
 
   def __str__(self) -> str:
-    columns = f'{"optimizer":<12}{"driver":<8}{"bits not of a CPU":>20}{"ms/step":>10}{"GB/s":>8}{"time of Optax":>16}'
+    titles = {'optimizer': '<10', 'driver': '<8', 'not of the loop': '>16', 'not of a CPU': '>22'}
+    titles |= {'ms/step': '>10', 'GB/s': '>8', 'to Optax': '>10'}
     lines = [
       f'{self.device}: leaves are updated by the {self.default}, unless LPMM_KERNEL says otherwise',
-      f'a copy moves {self.copy_bytes_per_second / 1e9:.1f} GB/s',
-      columns,
+      f'a copy moves {self.copy_bytes_per_second / 1e9:.1f} GB/s; how many stored numbers differ, and times:',
+      ''.join(f'{title:{width}}' for title, width in titles.items()),
     ]
     for row in self.rows:
-      differing = f'{row.differing} of {row.stored}' if row.differing else 'none'
-      times = f'{1e3 * row.seconds:>10.3f}{row.bytes_per_second / 1e9:>8.1f}{row.of_optax:>15.2f}x'
-      lines.append(f'{row.optimizer:<12}{row.driver:<8}{differing:>20}{times}')
+      count = lambda n, row=row: f'{n} of {row.stored}' if n else 'none' if n == 0 else ''
+      times = f'{1e3 * row.seconds:>10.3f}{row.bytes_per_second / 1e9:>8.1f}{row.of_optax:>9.2f}x'
+      lines.append(f'{row.optimizer:<10}{row.driver:<8}{count(row.not_of_loop):>16}{count(row.not_of_cpu):>22}{times}')
     return '\n'.join(lines)
 
 
@@ -155,7 +161,7 @@ def _differing(ours: list[np.ndarray], other: list[np.ndarray]) -> int:
 def self_check() -> SelfCheck:
   """Steps on the default device, by each driver that it has, against the same on a CPU and against Optax in float32.
 
-  `python -m lpmm_optax.self_check` prints it, and exits with 1 if a bit differs. On a GPU or TPU it takes 8 leaves of
+  `python -m lpmm_optax.self_check` prints it, and exits with 1 if it is not sound. On a GPU or TPU it takes 8 leaves of
   2048 x 2048, on a CPU two of 1024 x 1024, and under a minute. The gradients hold NaN, infinity, zeros and subnormals.
 
   Returns:
@@ -165,7 +171,7 @@ def self_check() -> SelfCheck:
     RuntimeError: if JAX has no CPU beside the device, which JAX_PLATFORMS may forbid.
   """
   device, cpu = jax.devices()[0], jax.devices('cpu')[0]
-  drivers = {'cpu': ['loop'], 'tpu': ['kernel']}.get(device.platform, ['kernel', 'loop'])
+  drivers = {'cpu': ['loop'], 'tpu': ['kernel']}.get(device.platform, ['loop', 'kernel'])
   count, width = (2, 1024) if device.platform == 'cpu' else (8, 2048)
   gradients = _gradients(count, width)
   with jax.default_device(cpu):
@@ -184,14 +190,17 @@ def self_check() -> SelfCheck:
     of_stock = _compile(stock, 'loop', device, gradients[0], dense, stock_state)
     stock_seconds = _seconds(of_stock, device, gradients[0], dense, stock_state)
     moved = 2 * _report.memory_report(params, state).bytes + 4 * n
+    of_loop = None
     for driver in drivers:
       program = _compile(tx, driver, device, gradients[0], params, state)
       found = _after(program, device, gradients, params, state)
+      of_loop = found if driver == 'loop' else of_loop
       seconds = _seconds(program, device, gradients[0], params, state)
       rows.append(
         CheckRow(
           name,
           driver,
+          None if of_loop is None else _differing(found, of_loop),
           _differing(found, reference),
           sum(x.size for x in reference),
           seconds,

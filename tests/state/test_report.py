@@ -1,5 +1,7 @@
 """`memory_report`: bytes counted from bit widths, and why leaves are exempt."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -126,11 +128,14 @@ def test_leaves_that_no_kernel_takes_are_listed_with_the_reason():
 @pytest.mark.slow
 def test_a_device_checks_itself():
   found = lpmm.self_check()
-  assert [(row.optimizer, row.driver, row.differing) for row in found.rows] == [
-    ('sgdm', 'loop', 0),
-    ('adamw', 'loop', 0),
-    ('lion', 'loop', 0),
+  assert [(row.optimizer, row.driver, row.not_of_loop, row.not_of_cpu) for row in found.rows] == [
+    ('sgdm', 'loop', 0, 0),
+    ('adamw', 'loop', 0, 0),
+    ('lion', 'loop', 0, 0),
   ]
-  assert found.has_the_bits_of_a_cpu
+  assert found.is_sound
+  row = found.rows[0]
+  for wrong in ({'not_of_loop': 1}, {'not_of_cpu': row.stored // 100}):
+    assert not dataclasses.replace(found, rows=(dataclasses.replace(row, **wrong),)).is_sound
   assert found.default == 'loop'
-  assert 'sgdm        loop                    none' in str(found)
+  assert 'sgdm      loop                none                  none' in str(found)
