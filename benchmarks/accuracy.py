@@ -4,6 +4,7 @@
   python benchmarks/accuracy.py --tasks digits --seeds 0 1 2
   python benchmarks/accuracy.py --tasks chars chars-finetune --text tinyshakespeare.txt --seeds 0 1 2
   python benchmarks/accuracy.py --tasks stories --stories stories15M --text tinyshakespeare.txt --microbatches 1
+  python benchmarks/accuracy.py --tasks polarity --minilm DIR --polarity DIR --microbatches 1
   python benchmarks/accuracy.py --ablations block-size random-bits --text tinyshakespeare.txt
   python benchmarks/accuracy.py --list
 
@@ -57,6 +58,7 @@ from methods import VARIANTS
 from methods import Ablation
 from methods import Method
 from methods import Point
+import minilm
 from records import append
 from records import read
 import train_char_lm
@@ -276,12 +278,58 @@ def stories(args: argparse.Namespace, **changed: int) -> Task:
   )
 
 
+def polarity(args: argparse.Namespace, **changed: int) -> Task:
+  """A pretrained sentence encoder, all-MiniLM-L6-v2, and a head, fine-tuned whole to tell praise from blame."""
+  if args.minilm is None or args.polarity is None:
+    raise SystemExit(
+      'error: the task polarity needs --minilm, the folder of its model, and --polarity, of its sentences'
+    )
+  settings = {'batch_size': 16, 'length': 32, 'steps': 100} | changed
+  tokens, labels = minilm.sentences(args.polarity, args.minilm, settings['length'])
+  pretrained = minilm.load(args.minilm)
+  order = np.random.default_rng(0).permutation(len(labels))
+  train, test = np.split(order, [len(order) - len(order) // 10])
+
+  def loss(weights, extra, tokens, labels):
+    values = optax.softmax_cross_entropy_with_integer_labels(minilm.logits(weights, tokens), labels)
+    return jnp.mean(values), extra
+
+  def batch(seed, step):
+    per_epoch = len(train) // settings['batch_size']
+    shuffled = np.random.default_rng((seed, step // per_epoch)).permutation(train)
+    index = shuffled[step % per_epoch * settings['batch_size'] :][: settings['batch_size']]
+    return tokens[index], labels[index]
+
+  predict = jax.jit(lambda weights, tokens: jnp.argmax(minilm.logits(weights, tokens), axis=1))
+
+  def accuracy(weights, extra):
+    del extra
+    correct = [predict(weights, tokens[part]) == labels[part] for part in np.array_split(test, 5)]
+    return 100 * float(np.mean(np.concatenate(correct)))
+
+  return Task(
+    settings=settings,
+    init=lambda seed: (pretrained, ()),
+    loss=loss,
+    batch=batch,
+    evaluate=accuracy,
+    metric='test accuracy',
+    steps=settings['steps'],
+    rates={'adamw': 1e-4, 'lion': 3e-5},
+    weight_decay={'adamw': 0.01, 'lion': 0.03},
+    warmup=settings['steps'] // 10,
+    final=0.0,
+    clip={'adamw': 1.0, 'lion': 1.0},
+  )
+
+
 TASKS = {
   'digits': digits,
   'cifar10': cifar10,
   'chars': chars,
   'chars-finetune': chars_finetune,
   'stories': stories,
+  'polarity': polarity,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,6 +492,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--together', action='store_true', help='all seeds of a configuration at once, under vmap')
   add('--text', type=Path, metavar='FILE', help="for the tasks of language (default for characters: Python's help)")
   add('--stories', type=Path, metavar='DIR', help='what benchmarks/convert_stories.py has written')
+  add('--minilm', type=Path, metavar='DIR', help='of all-MiniLM-L6-v2, see benchmarks/minilm.py')
+  add('--polarity', type=Path, metavar='DIR', help='of rt-polarity.neg and rt-polarity.pos')
   add('--cifar10', type=Path, metavar='DIR', help='where the archive of CIFAR-10 was unpacked')
   add('--epochs', type=int, default=200, help='of CIFAR-10 (default %(default)s)')
   add('--steps', type=int, help='stop after so many, for a rehearsal')

@@ -32,6 +32,7 @@ TITLES = {
   'chars': 'Character-level Transformer',
   'chars-finetune': 'Character-level Transformer, fine-tuned at a thirtieth of the rate',
   'stories': 'Llama of 15.2M parameters, pretrained (stories15M) and fine-tuned',
+  'polarity': 'BERT of 22.7M parameters, pretrained (all-MiniLM-L6-v2) and fine-tuned',
 }
 METRICS = {
   'digits': ('test accuracy, %', 2),
@@ -39,6 +40,7 @@ METRICS = {
   'chars': ('validation loss, nats', 4),
   'chars-finetune': ('validation loss, nats', 4),
   'stories': ('validation loss, nats', 4),
+  'polarity': ('test accuracy, %', 2),
 }
 # Rows and tasks of the summaries in docs/accuracy.md and in README.md, and the comments between which they stand.
 SUMMARY = (
