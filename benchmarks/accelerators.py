@@ -110,7 +110,7 @@ class Method(NamedTuple):
   """A way to update.
 
   Attributes:
-    optimizer: 'sgd', 'adamw' or 'lion'.
+    optimizer: 'sgd', 'adamw', 'lion' or 'adafactor'.
     by: whose, and in which form.
     driver: of ours, who updates a leaf.
     accumulates: whether a training step takes one of four microbatches, where both are possible; ours then moves each
@@ -124,6 +124,7 @@ class Method(NamedTuple):
 
 
 WITHOUT = ' without accumulator'
+ADAFACTOR = f'lpmm.adafactor{WITHOUT}, kernel'
 # Adapters of rank 16 beside matrices that stay as they are.
 LORA = {'LoRA, bf16 base': Method('adamw', 'LoRA bf16'), 'LoRA, int8 base': Method('adamw', 'LoRA int8')}
 
@@ -142,6 +143,7 @@ def make_methods() -> dict[str, Method]:
         methods[f'{name} paper, {driver}'] = Method(optimizer, 'lpmm paper', driver)
     methods[f'{name}{WITHOUT}, kernel'] = Method(optimizer, 'lpmm', 'kernel', accumulates=False)
   methods[f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel'] = Method('adamw', 'lpmm 4-bit', 'kernel', accumulates=False)
+  methods[ADAFACTOR] = Method('adafactor', 'lpmm', 'kernel', accumulates=False)
   for dtype in ('fp32', 'bf16'):
     methods[f'optax.adamw {dtype}{WITHOUT}'] = Method('adamw', f'optax {dtype}', accumulates=False)
   return methods | LORA
@@ -169,6 +171,7 @@ FINETUNING = (
   f'lpmm.adamw{WITHOUT}, kernel',
   f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel',
   f'lpmm.lion{WITHOUT}, kernel',
+  ADAFACTOR,
   *LORA,
 )
 
@@ -197,7 +200,7 @@ MODELS = (*STEPS, *TRAINED, *FINETUNED, *SPLIT)
 def fits(model: str, name: str) -> bool:
   """Whether a method is of interest for a model."""
   method = METHODS[name]
-  if name in LORA or model in FINETUNED:
+  if name in (*LORA, ADAFACTOR) or model in FINETUNED:
     return model in FINETUNED and name in FINETUNING
   if method.driver == 'loop in one tile':
     return model == EIGHT
@@ -320,6 +323,7 @@ BOUNDS = (
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.adamw{WITHOUT}, kernel',), 'peak', 3.6, holds=False),
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel',), 'peak', 2.6, holds=False),
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.lion{WITHOUT}, kernel',), 'peak', 2.4, holds=False),
+  Bound(('h100',), FINE_TUNE_8B, (ADAFACTOR,), 'peak', 1.5, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM, ADAMW), 'compile ratio', 2, holds=False),
   Bound(('v5e',), TRAIN_1B, (ADAMW,), 'peak', 5.5, holds=False),
   Bound(('v5e',), STEP_ROWS, (SGDM, ADAMW), 'collectives', 0, holds=False),

@@ -392,6 +392,10 @@ class LeafStep:
   scalars: list[jax.Array] = dataclasses.field(default_factory=list)
   hyperparams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
+  def of_use(self, use: jax.Array) -> 'LeafStep':
+    """The same for one more use of the leaf in a microbatch, int32[]: with other random bits."""
+    return dataclasses.replace(self, words=jax.vmap(lambda word: _random.of_use(word, use))(self.words))
+
   def run(
     self, gradient: _gradient.Gradient, target: Any, fields: Sequence[Any], start: Sequence[jax.Array] = ()
   ) -> tuple[Any, list[Any]]:
