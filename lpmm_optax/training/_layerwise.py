@@ -58,13 +58,12 @@ class Layer:
 
   def init(self, leaf: Any) -> Any:
     """The state before the first step."""
-    init = lambda leaf: self.tx.init(self.alone(leaf))
     if not self.is_stacked:
-      return init(leaf)
+      return self.tx.init(self.alone(leaf))
     if any(axis == 0 for axis, _ in _array.blocks_of(leaf)):
       raise ValueError(
-        f'{self.structure.paths[self.index]}: its blocks run along the first axis of {leaf.shape}, so its slices are no '
-        f'leaves of their own; quantize it with block_size={leaf.shape[-1]}, for blocks along the last axis'
+        f'{self.structure.paths[self.index]}: its blocks run along the first axis of {leaf.shape}, so its slices are '
+        f'no leaves of their own; quantize it with block_size={leaf.shape[-1]}, for blocks along the last axis'
       )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
       return jax.eval_shape(self._init_slices, leaf)
@@ -243,6 +242,9 @@ def layerwise(
   >>> for i in range(3):
   ...   value, params, state = train_step(params, state, jnp.ones((8, 128)))
   ...   print(f'{value:.2f}')
+  1.29
+  1.25
+  1.21
   """
   if _transformation.optimizer_of(tx) is None:
     raise TypeError(

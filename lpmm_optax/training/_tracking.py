@@ -6,7 +6,6 @@ the *anchor*, on which such a function depends; so where the loss stops the grad
 """
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -103,9 +102,10 @@ class Sink:
       )
     if self.most_axes is not None and axes > self.most_axes:
       raise ValueError(
-        f'{self.path}: a parameter of shape {self.shape} is used in slices of shape {shape}, of whose gradients '
-        'lpmm_optax.layerwise needs '
-        + ('those along the first axis whole' if self.most_axes else 'all at once, unless `stacked` names it, whose slices are leaves of their own')
+        f'{self.path}: a parameter of shape {self.shape} is used in slices of shape {shape}, but lpmm_optax.layerwise '
+        f'needs the gradient of all of {self.shape[self.most_axes :]} at once. Name a parameter in its `stacked` for '
+        'slices along the first axis, and no other, to be leaves of their own; or accumulate gradients first, '
+        'lpmm_optax.MultiSteps(tx, 1)'
       )
     for slot in jax.tree.leaves(self.place.slots if self.place else (), is_leaf=_array.is_quantized):
       if any(axis < axes for axis, _ in _array.blocks_of(slot)):
