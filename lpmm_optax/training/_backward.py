@@ -154,19 +154,19 @@ def _differentiate(
   for i, whole in reads.items():
     if whole and i not in moving:
       total = _array.full(leaves[i], 0, None, structure.templates[i].dtype)
-      place = _tracking.Place(_Sum(), [_refs(total)], uses=_no_uses(leaves[i]))
-      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, place)
+      target = _tracking.Place(_Sum(), [_refs(total)], uses=_no_uses(leaves[i]))
+      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, target)
   value, dense = loss.differentiate(sinks, list(reads))
   gradients = {i: _gradient.Gradient(recent=gradient) for i, gradient in dense.items()}
-  moved = {}
+  moved: dict[int, list[Any]] = {}
   for i in reads:
-    slots = _frozen(sinks[i].place.slots) if i in sinks and sinks[i].was_reached else None
-    if slots is None:
+    place = sinks[i].place if i in sinks and sinks[i].was_reached else None
+    if place is None:
       gradients[i] = _gradient.Gradient()  # Zero: the loss does not depend on it.
     elif i in moving:
-      moved[i] = slots
+      moved[i] = _frozen(place.slots)
     else:
-      gradients[i] = _gradient.Gradient(recent=slots[0])
+      gradients[i] = _gradient.Gradient(recent=_frozen(place.slots[0]))
   return value, moved, gradients
 
 
@@ -182,14 +182,15 @@ def _move(optimizer: _low_precision.LowPrecision, loss: _Loss, opt_state: Any) -
   scalars += [v for reduction in reductions.values() for v in reduction.scalars]
   before = planned.outer(scalars, {}, with_effects=False)
 
-  sinks = {}
+  sinks, totals = {}, {}
   for i in moving:
     own = {v: reduction for v, reduction in reductions.items() if reduction.leaf == i}
+    totals[i] = _refs({v: _update.neutral(r.name, plan.graph.avals[v].dtype) for v, r in own.items()})
     place = _tracking.Place(
       planned.leaf(i, before, in_place=True),
       _refs([leaves[i], *planned.fields(i)]),
       scalars={v: [before[scalar] for scalar in reduction.scalars] for v, reduction in own.items()},
-      totals=_refs({v: _update.neutral(r.name, plan.graph.avals[v].dtype) for v, r in own.items()}),
+      totals=totals[i],
     )
     sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, place, True, own)
   value, moved, gradients = _differentiate(loss, reads, sinks)
@@ -197,7 +198,7 @@ def _move(optimizer: _low_precision.LowPrecision, loss: _Loss, opt_state: Any) -
   new: dict[int, Any] = {i: (target, fields) for i, (target, *fields) in moved.items()}
   reduced: dict[int, jax.Array] = {}
   for i in moved:
-    reduced |= _frozen(sinks[i].place.totals)
+    reduced |= _frozen(totals[i])
   rest = [i for i in plan.leaves if i not in new]
   after = planned.outer(_outer_of(plan, rest), gradients, reduced, with_effects=True)
   for i in rest:
@@ -335,7 +336,8 @@ def value_and_step(
   0.10
   0.10
   """
-  optimizer = tx.layerwise if isinstance(tx, _layerwise.LayerwiseTransformation) else _transformation.optimizer_of(tx)
+  is_layerwise = isinstance(tx, _layerwise.LayerwiseTransformation)
+  optimizer: Any = tx.layerwise if is_layerwise else _transformation.optimizer_of(tx)
   if not isinstance(tx, _multi_steps.MultiSteps) and optimizer is None:
     raise TypeError(
       f'value_and_step takes an optimizer of lpmm_optax, alone or last in lpmm_optax.chain (not optax.chain), or an '
@@ -357,8 +359,7 @@ def value_and_step(
     structure, leaves = _plan.flatten(params)
     loss = _Loss(lambda params: fun(params, *args, **kwargs), has_aux, structure, leaves)
     if optimizer is not None:
-      move = _move_layers if isinstance(optimizer, _layerwise.Layerwise) else _move
-      return move(optimizer, loss, opt_state)
+      return (_move_layers if is_layerwise else _move)(optimizer, loss, opt_state)
 
     def extra(value):
       value = value[0] if has_aux else value

@@ -182,7 +182,8 @@ class Layerwise:
   def explain(self, params: Any, **extra_args: Any) -> _transformation.Explanation:
     """As in `explain`."""
     structure, leaves = _plan.flatten(_array.unwrap(params))
-    obstacles, choices = {}, {}
+    obstacles: dict[str, str] = {}
+    choices: dict[tuple[str, str], Any] = {}
     for i, layer in self.layers(structure, leaves).items():
       of_slice = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
       leaf = jax.tree.map(of_slice, leaves[i]) if layer.is_stacked else leaves[i]

@@ -208,8 +208,8 @@ def test_it_takes_the_bytes_of_the_parameters_alone():
 @pytest.mark.parametrize(
   ('loss', 'name', 'stacks', 'words'),
   [
-    (scanned, 'scan', None, r'kernel: .*\(4, 64, 64\).* slices of shape \(64, 64\).* Name a parameter in its `stacked`'),
-    *slow((scanned_twice_over, 'scan of scans', 'kernel', r'kernel: .*slices of shape \(64, 64\).* all of \(2, 64, 64\) at once')),
+    (scanned, 'scan', None, r'kernel: .* slices of shape \(64, 64\).* Name a parameter in its `stacked`'),
+    *slow((scanned_twice_over, 'scan of scans', 'kernel', 'kernel: .* all of .2, 64, 64. at once')),
   ],
 )
 def test_a_gradient_that_comes_in_other_slices_is_refused(loss, name, stacks, words):
