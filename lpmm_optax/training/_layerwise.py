@@ -26,7 +26,7 @@ class LayerwiseState(NamedTuple):
 
   Attributes:
     states: a tree like the parameters of states of the optimizer, each made for that parameter alone; of a stacked one,
-      every array has the stack's first axis before its own.
+      every array, of step counts and hyperparameters too, has the stack's first axis before its own.
   """
 
   states: Any
@@ -236,12 +236,15 @@ def layerwise(
   >>> state = tx.init(params)
   >>> optax.tree.get(state.states['layers'], 'v_row')['layers'].shape
   (4, 128)
+  >>> def layer(x, w):
+  ...   w = lpmm.dequantize(w)
+  ...   return x + jnp.tanh(x @ w) @ w.T / 256, None
   >>> def loss_fn(params, x):
-  ...   layer = jax.checkpoint(lambda x, w: (x + jnp.tanh(x @ (w := lpmm.dequantize(w))) @ w.T / 256, None))
-  ...   return jnp.mean(jax.lax.scan(layer, x, params['layers'])[0] + params['bias'])
+  ...   x, _ = jax.lax.scan(jax.checkpoint(layer), x, params['layers'])
+  ...   return jnp.mean(x + params['bias'])
   >>> train_step = jax.jit(lpmm.value_and_step(loss_fn, tx), donate_argnums=(0, 1))
   >>> for i in range(3):
-  ...   value, params, state = train_step(params, state, jnp.ones((8, 128)))
+  ...   value, params, state = train_step(params, state, jnp.ones(128))
   ...   print(f'{value:.2f}')
   1.29
   1.25
