@@ -87,6 +87,9 @@ def flash(optimizer: str, fused: bool) -> Any:
 
 def ours(method: Method) -> Any:
   """Of this library, without accumulation."""
+  if method.optimizer == 'adafactor':
+    # Of a head in chunks, each is a leaf of its own, as it moves.
+    return lpmm.layerwise(lpmm.low_precision(optax.adafactor(1e-3)), stacked='layers|head')
   make = {'sgd': lpmm.sgdm, 'adamw': lpmm.adamw, 'lion': lpmm.lion}[method.optimizer]
   options: dict[str, Any] = {'error_feedback': False} if method.by == 'lpmm paper' else {}
   if method.by == 'lpmm 4-bit':

@@ -112,7 +112,7 @@ class Method(NamedTuple):
   """A way to update.
 
   Attributes:
-    optimizer: 'sgd', 'adamw' or 'lion'.
+    optimizer: 'sgd', 'adamw', 'lion' or 'adafactor'.
     by: whose, and in which form.
     driver: of ours, who updates a leaf.
     accumulates: whether a training step takes one of four microbatches, where both are possible; ours then moves each
@@ -126,6 +126,7 @@ class Method(NamedTuple):
 
 
 WITHOUT = ' without accumulator'
+ADAFACTOR = f'lpmm.adafactor{WITHOUT}, kernel'
 # Adapters of rank 16 beside matrices that stay as they are.
 LORA = {'LoRA, bf16 base': Method('adamw', 'LoRA bf16'), 'LoRA, int8 base': Method('adamw', 'LoRA int8')}
 
@@ -144,6 +145,7 @@ def make_methods() -> dict[str, Method]:
         methods[f'{name} paper, {driver}'] = Method(optimizer, 'lpmm paper', driver)
     methods[f'{name}{WITHOUT}, kernel'] = Method(optimizer, 'lpmm', 'kernel', accumulates=False)
   methods[f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel'] = Method('adamw', 'lpmm 4-bit', 'kernel', accumulates=False)
+  methods[ADAFACTOR] = Method('adafactor', 'lpmm', 'kernel', accumulates=False)
   for dtype in ('fp32', 'bf16'):
     methods[f'optax.adamw {dtype}{WITHOUT}'] = Method('adamw', f'optax {dtype}', accumulates=False)
   return methods | LORA
@@ -171,6 +173,7 @@ FINETUNING = (
   f'lpmm.adamw{WITHOUT}, kernel',
   f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel',
   f'lpmm.lion{WITHOUT}, kernel',
+  ADAFACTOR,
   *LORA,
 )
 
@@ -199,7 +202,7 @@ MODELS = (*STEPS, *TRAINED, *FINETUNED, *SPLIT)
 def fits(model: str, name: str) -> bool:
   """Whether a method is of interest for a model."""
   method = METHODS[name]
-  if name in LORA or model in FINETUNED:
+  if name in (*LORA, ADAFACTOR) or model in FINETUNED:
     return model in FINETUNED and name in FINETUNING
   if method.driver == 'loop in one tile':
     return model == EIGHT
@@ -322,6 +325,7 @@ BOUNDS = (
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.adamw{WITHOUT}, kernel',), 'peak', 3.6, holds=False),
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.adamw, 4-bit moments{WITHOUT}, kernel',), 'peak', 2.6, holds=False),
   Bound(('h100',), FINE_TUNE_8B, (f'lpmm.lion{WITHOUT}, kernel',), 'peak', 2.4, holds=False),
+  Bound(('h100',), FINE_TUNE_8B, (ADAFACTOR,), 'peak', 1.5, holds=False),
   Bound(GPUS, TRAIN_8B, (SGDM, ADAMW), 'compile ratio', 2, holds=False),
   Bound(('v5e',), TRAIN_1B, (ADAMW,), 'peak', 5.5, holds=False),
   Bound(('v5e',), STEP_ROWS, (SGDM, ADAMW), 'collectives', 0, holds=False),
@@ -521,7 +525,9 @@ def memory_table(rows: dict[Key, Row], target: str) -> Iterator[str]:
   yield line(['', *(f'{size}, {tokens}' for size, tokens in FINETUNED.values())])
   yield '|' + '---|' * (1 + len(FINETUNED))
   for method in FINETUNING:
-    yield line([method, *(fitting(rows, (target, model, method)) for model in FINETUNED)])
+    cells = [fitting(rows, (target, model, method)) for model in FINETUNED]
+    if any(cells):
+      yield line([method, *cells])
 
 
 def fitting(rows: dict[Key, Row], key: Key) -> str:

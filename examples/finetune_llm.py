@@ -58,9 +58,10 @@ import lpmm_optax as lpmm
 # Configuration
 # ---------------------------------------------------------------------------------------------------------------------
 
-# After the warm-up; Lion's updates are signs, larger than most of AdamW's, and SGD's as large as gradients are.
-RATES = {'adamw': 2e-5, 'lion': 5e-6, 'sgdm': 1e-2}
-DECAYS = {'adamw': 0.1, 'lion': 0.4, 'sgdm': 0.0}
+# After the warm-up; Lion's updates are signs, larger than most of AdamW's, SGD's as large as gradients are, and
+# Adafactor's relative to the weights.
+RATES = {'adamw': 2e-5, 'lion': 5e-6, 'sgdm': 1e-2, 'adafactor': 1e-3}
+DECAYS = {'adamw': 0.1, 'lion': 0.4, 'sgdm': 0.0, 'adafactor': 0.0}
 FINAL_RATE = 0.1  # Of the peak, at the last step.
 VALIDATION_SHARE = 0.05  # Of the examples, the last ones.
 PROMPT_TOKENS = 16  # Of a text, from which samples go on.
@@ -162,6 +163,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
   if args.moment_bits != 8 and args.optimizer != 'adamw':
     parser.error(f'--moment-bits {args.moment_bits} is for adamw')
+  if args.weight_decay and args.optimizer == 'adafactor':
+    parser.error('--weight-decay is not for adafactor, whose rate would not scale it')
   if args.mesh > jax.device_count():
     parser.error(f'--mesh {args.mesh} needs as many devices, and there are {jax.device_count()}')
   if args.data is None and args.model is not None and not args.estimate:
@@ -356,14 +359,18 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
     return jax.tree_util.tree_map_with_path(is_matrix, params, is_leaf=lpmm.is_quantized)
 
   key = jax.random.key(args.seed)
-  if args.optimizer == 'sgdm':
+  if args.optimizer == 'adafactor':
+    # Each matrix has factors of its own, and a clipped update. All leaves but the last norm are stacks.
+    tx = lpmm.low_precision(optax.adafactor(schedule), key=key)
+    tx = lpmm.layerwise(tx, stacked=lambda path, leaf: leaf.ndim > 1)
+  elif args.optimizer == 'sgdm':
     tx = lpmm.sgdm(schedule, weight_decay=args.weight_decay, key=key)
   elif args.optimizer == 'lion':
     tx = lpmm.lion(schedule, weight_decay=args.weight_decay, mask=mask, key=key)
   else:
     formats = lpmm.Format(bits=4, block_size=32) if args.moment_bits == 4 else 'default'
     tx = lpmm.adamw(schedule, weight_decay=args.weight_decay, mask=mask, formats=formats, key=key)
-  if args.clip_norm:
+  if args.clip_norm and args.optimizer != 'adafactor':
     clip = optax.clip_by_global_norm if args.microbatches > 1 else lpmm.clip_by_previous_norm
     tx = lpmm.chain(clip(args.clip_norm), tx)
   if args.microbatches == 1:

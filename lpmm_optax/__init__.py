@@ -38,6 +38,8 @@ from lpmm_optax.training._backward import value_and_step
 from lpmm_optax.training._ema import Ema
 from lpmm_optax.training._ema import EmaState
 from lpmm_optax.training._ema import ema
+from lpmm_optax.training._layerwise import LayerwiseState
+from lpmm_optax.training._layerwise import layerwise
 from lpmm_optax.training._multi_steps import INTO_MOMENTUM
 from lpmm_optax.training._multi_steps import MultiSteps
 from lpmm_optax.training._multi_steps import MultiStepsState
@@ -67,6 +69,7 @@ __all__ = [
   'EmaState',
   'Format',
   'InPlaceTransformation',
+  'LayerwiseState',
   'LowPrecisionState',
   'MemoryReport',
   'MultiSteps',
@@ -84,6 +87,7 @@ __all__ = [
   'dequantize',
   'ema',
   'is_quantized',
+  'layerwise',
   'lion',
   'low_precision',
   'masked',

@@ -140,6 +140,19 @@ def choose_tilings(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_s
   return best
 
 
+def slice_of(x: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
+  """The slice of an array at an index along each of its first axes."""
+  for index in start:
+    x = lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
+  return x
+
+
+def with_slice(x: jax.Array, new: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
+  """The array with that slice replaced."""
+  indices = [*start, *[jnp.int32(0)] * new.ndim]
+  return lax.dynamic_update_slice(x, new.reshape((1,) * len(start) + new.shape), indices)
+
+
 def apart(zero: jax.Array, fn: Callable, *args: Any) -> Any:
   """`fn(*args)`, computed on its own rather than fused into what consumes it.
 

@@ -75,7 +75,8 @@ def low_precision(
   elementwise, but for scalars that come from counts, schedules, gradients (the norm that clips them) or extra
   arguments, it runs tile by tile, in place: sgd, adam, lion, rmsprop, schedule-free and their kin, with weight decay,
   masks and partitions. Any other leaf (a norm of the parameters in lamb, a product of matrices in muon) is decoded,
-  updated and encoded whole, and so exists dense for that while; `memory_report` tells which, and why.
+  updated and encoded whole, and so exists dense for that while; `memory_report` tells which, and why. `layerwise` does
+  that with one layer of a stack at a time.
 
   State arrays of a parameter's shape take a format each; counts, keys and statistics of other shapes (the factors of
   adafactor) stay as they are. Small parameters stay dense, and so does their state, in float32 whatever the parameter's
@@ -391,6 +392,10 @@ class LeafStep:
   reads: list[jax.Array] = dataclasses.field(default_factory=list)
   scalars: list[jax.Array] = dataclasses.field(default_factory=list)
   hyperparams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+  def of_use(self, use: jax.Array) -> 'LeafStep':
+    """The same for one more use of the leaf in a microbatch, int32[]: with other random bits."""
+    return dataclasses.replace(self, words=jax.vmap(lambda word: _random.of_use(word, use))(self.words))
 
   def run(
     self, gradient: _gradient.Gradient, target: Any, fields: Sequence[Any], start: Sequence[jax.Array] = ()

@@ -171,7 +171,7 @@ def _state_rows(
       reason = choice.reason if choice and choice.format == _array.format_of(x) else None
       usual = formats.get(entry.field)
       rows.append(_row(entry.field, path, x, usual, _format.STATE_BLOCK_SIZE, reason=reason))
-    elif entry.below is not None:
+    elif entry.below is not None and jnp.issubdtype(x.dtype, jnp.floating):
       # Factors of a second moment, say: statistics of a parameter, but not of each of its elements.
       rows.append(_row(entry.field, entry.below, x, None, _format.STATE_BLOCK_SIZE))
     else:

@@ -102,6 +102,14 @@ def vary(tree: Any, axes: frozenset[Any]) -> Any:
   return jax.tree.map(one, tree)
 
 
+def vary_as_results(fn: Callable[[Any], Any], x: Any) -> Any:
+  """x, which a loop carries through `fn`, and so must vary along the manual axes along which its results do."""
+  if not jax.sharding.get_abstract_mesh().manual_axes:
+    return x
+  varying = lambda x, like: vary(x, like.manual_axis_type.varying) if like.manual_axis_type else x
+  return jax.tree.map(varying, x, jax.eval_shape(fn, x))
+
+
 def template(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
   """The shape of an array with another dtype, and the manual axes along which it varies."""
   if not varying_axes(x):

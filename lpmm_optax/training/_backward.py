@@ -2,7 +2,7 @@
 
 The loss gets its quantized parameters as they are, tracked (`_tracking`). In the backward pass each layer's gradient
 goes where it is due at once: into the accumulator or the momentum of a `MultiSteps`, or, with an optimizer alone, into
-the update of the layer.
+the update of the layer: of its elements, or, with a `layerwise` optimizer, of the layer as a whole.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 from lpmm_optax.trace import _plan
+from lpmm_optax.training import _layerwise
 from lpmm_optax.training import _multi_steps
 from lpmm_optax.training import _reads
 from lpmm_optax.training import _step
@@ -119,57 +120,109 @@ def _accumulate(
   return value, *microbatches.take_step(advance, params, last, state)
 
 
-def _move(optimizer: _low_precision.LowPrecision, loss: _Loss, opt_state: Any) -> tuple[Any, Any, Any]:
-  """`value_and_step` of an optimizer without a `MultiSteps`: each layer moves when its gradient comes.
+# Static, for it has no arrays.
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Sum:
+  """In place of the step of a leaf, the sum of its gradients in a dense array."""
 
-  What is dequantized at several places, or in slices that may overlap, accumulates its gradient first, in float32.
+  def of_use(self, use: jax.Array) -> '_Sum':
+    del use  # Nothing is rounded.
+    return self
+
+  def run(
+    self, gradient: _gradient.Gradient, target: jax.Array, fields: list[Any], start: list[jax.Array]
+  ) -> tuple[jax.Array, list[Any]]:
+    del start
+    return gradient.combine(target, gradient.recent, target.dtype), fields
+
+
+def _differentiate(
+  loss: _Loss, reads: Mapping[int, list[bool]], moving: Mapping[int, _tracking.Sink]
+) -> tuple[Any, dict[int, list[Any]], dict[int, _gradient.Gradient]]:
+  """What the loss returns; of the leaves that have moved, what was in the slots; and the gradients of the others.
+
+  What is dequantized at several places, or in slices that may overlap, accumulates its gradient, in float32.
+
+  Args:
+    loss: with its parameters.
+    reads: of its quantized leaves, as `_Loss.reads` has it.
+    moving: where the gradients of those that move go.
   """
+  structure, leaves = loss.structure, loss.leaves
+  sinks = dict(moving)
+  for i, whole in reads.items():
+    if whole and i not in moving:
+      total = _array.full(leaves[i], 0, None, structure.templates[i].dtype)
+      target = _tracking.Place(_Sum(), [_refs(total)], uses=_no_uses(leaves[i]))
+      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, target)
+  value, dense = loss.differentiate(sinks, list(reads))
+  gradients = {i: _gradient.Gradient(recent=gradient) for i, gradient in dense.items()}
+  moved: dict[int, list[Any]] = {}
+  for i in reads:
+    place = sinks[i].place if i in sinks and sinks[i].was_reached else None
+    if place is None:
+      gradients[i] = _gradient.Gradient()  # Zero: the loss does not depend on it.
+    elif i in moving:
+      moved[i] = _frozen(place.slots)
+    else:
+      gradients[i] = _gradient.Gradient(recent=_frozen(place.slots[0]))
+  return value, moved, gradients
+
+
+def _move(optimizer: _low_precision.LowPrecision, loss: _Loss, opt_state: Any) -> tuple[Any, Any, Any]:
+  """`value_and_step` of an optimizer without a `MultiSteps`: each layer moves when its gradient comes."""
   structure, leaves = loss.structure, loss.leaves
   planned = optimizer.planned(structure, leaves, opt_state, {})
   plan = planned.plan
   reads = loss.reads([i for i in structure.active if _array.is_quantized(leaves[i])])
-  moved = [i for i, whole in reads.items() if whole == [True]]
-  reductions = _check_layerwise(planned, moved)
-  scalars = [v for i in moved for v in plan.leaves[i].scalars]
+  moving = [i for i, whole in reads.items() if whole == [True]]
+  reductions = _check_layerwise(planned, moving)
+  scalars = [v for i in moving for v in plan.leaves[i].scalars]
   scalars += [v for reduction in reductions.values() for v in reduction.scalars]
   before = planned.outer(scalars, {}, with_effects=False)
 
-  places, sinks = {}, {}
-  for i, whole in reads.items():
-    if i in moved:
-      own = {v: reduction for v, reduction in reductions.items() if reduction.leaf == i}
-      places[i] = _tracking.Place(
-        planned.leaf(i, before, in_place=True),
-        _refs([leaves[i], *planned.fields(i)]),
-        scalars={v: [before[scalar] for scalar in reduction.scalars] for v, reduction in own.items()},
-        totals=_refs({v: _update.neutral(r.name, plan.graph.avals[v].dtype) for v, r in own.items()}),
-      )
-      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, places[i], True, own)
-    elif whole:
-      static = _update.LeafUpdate(None, leaves[i].shape, planned.tile_size, optimizer.shard_axes)
-      step = _low_precision.LeafStep(structure.paths[i], static, planned.words[i][:1], planned.zero)
-      total = _array.full(leaves[i], 0, None, structure.templates[i].dtype)
-      places[i] = _tracking.Place(step, [_refs(total)], uses=_no_uses(leaves[i]))
-      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, places[i])
-  value, dense = loss.differentiate(sinks, list(reads))
+  sinks, totals = {}, {}
+  for i in moving:
+    own = {v: reduction for v, reduction in reductions.items() if reduction.leaf == i}
+    totals[i] = _refs({v: _update.neutral(r.name, plan.graph.avals[v].dtype) for v, r in own.items()})
+    place = _tracking.Place(
+      planned.leaf(i, before, in_place=True),
+      _refs([leaves[i], *planned.fields(i)]),
+      scalars={v: [before[scalar] for scalar in reduction.scalars] for v, reduction in own.items()},
+      totals=totals[i],
+    )
+    sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, place, True, own)
+  value, moved, gradients = _differentiate(loss, reads, sinks)
 
-  gradients = {i: _gradient.Gradient(recent=gradient) for i, gradient in dense.items()}
-  new: dict[int, Any] = {}
+  new: dict[int, Any] = {i: (target, fields) for i, (target, *fields) in moved.items()}
   reduced: dict[int, jax.Array] = {}
-  for i in reads:
-    if i not in sinks or not sinks[i].was_reached:
-      gradients[i] = _gradient.Gradient()  # Zero: the loss does not depend on it.
-    elif i in moved:
-      target, *fields = _frozen(places[i].slots)
-      new[i] = target, fields
-      reduced |= _frozen(places[i].totals)
-    else:
-      gradients[i] = _gradient.Gradient(recent=_frozen(places[i].slots[0]))
+  for i in moved:
+    reduced |= _frozen(totals[i])
   rest = [i for i in plan.leaves if i not in new]
   after = planned.outer(_outer_of(plan, rest), gradients, reduced, with_effects=True)
   for i in rest:
     new[i] = planned.leaf(i, after, in_place=True).run(gradients[i], leaves[i], planned.fields(i))
   return value, *planned.finish(new, after, leaves)
+
+
+def _move_layers(optimizer: _layerwise.Layerwise, loss: _Loss, opt_state: Any) -> tuple[Any, Any, Any]:
+  """`value_and_step` of a `layerwise`: each leaf, or slice of a stack, moves when all of its gradient has come."""
+  structure, leaves = loss.structure, list(loss.leaves)
+  layers, states = optimizer.layers(structure, leaves), optimizer.states(structure, opt_state)
+  reads = loss.reads([i for i in structure.active if _array.is_quantized(leaves[i])])
+  sinks = {}
+  for i, whole in reads.items():
+    if whole == [True]:
+      place = _tracking.Place(layers[i], _refs([leaves[i], states[i]]))
+      most = int(layers[i].is_stacked)
+      sinks[i] = _tracking.Sink(structure.paths[i], leaves[i].shape, place, True, most_axes=most)
+  value, moved, gradients = _differentiate(loss, reads, sinks)
+  for i, (leaf, state) in moved.items():
+    leaves[i], states[i] = leaf, state
+  for i, gradient in gradients.items():
+    leaves[i], states[i] = layers[i].advance(gradient, leaves[i], states[i], True, {})
+  return value, structure.treedef.unflatten(leaves), optimizer.with_states(structure, states)
 
 
 def _outer_of(plan: _plan.Plan, leaves: Sequence[int]) -> list[int]:
@@ -188,8 +241,9 @@ def _check_layerwise(planned: _low_precision.PlannedStep, moved: Sequence[int]) 
   def refuse(i, what):
     raise ValueError(
       f'{paths[i]}: {what}, which never exists where value_and_step moves one layer after the other. Wrap the '
-      'optimizer, lpmm_optax.MultiSteps(tx, 1), to accumulate gradients first; or clip each element, optax.clip, or by '
-      'the norm of the step before, lpmm_optax.clip_by_previous_norm'
+      'optimizer: lpmm_optax.MultiSteps(tx, 1), to accumulate gradients first, or lpmm_optax.layerwise(tx, stacked), '
+      'for every layer to have one of its own. Or clip each element, optax.clip, or by the norm of the step before, '
+      'lpmm_optax.clip_by_previous_norm'
     )
 
   for i in moved:
@@ -235,9 +289,10 @@ def value_and_step(
 
   With any other optimizer, each layer moves as soon as its gradient is there, so there is no accumulator: the model
   memory is that of parameters and state alone. The result is that of `tx.step`. The update must be elementwise and need
-  nothing of the gradient of other layers: no `optax.clip_by_global_norm`, but `clip_by_previous_norm`. A parameter that
-  is dequantized at several places (tied embeddings), or in slices that a Python loop takes, accumulates its gradient
-  first, in float32.
+  nothing of the gradient of other layers: no `optax.clip_by_global_norm`, but `clip_by_previous_norm`. With a
+  `layerwise` optimizer, whose layers know nothing of each other, it may be anything that needs no more than the layer's
+  gradient: Adafactor, Muon, LAMB, clipping by the layer's norm. A parameter that is dequantized at several places (tied
+  embeddings), or in slices that a Python loop takes, accumulates its gradient first, in float32.
 
   A quantized parameter may be dequantized any number of times, under `jax.checkpoint`, in `lax.scan`, and sliced along
   leading axes (``jax.tree.map(lambda x: x[i], p)``). Nothing else may be done with it: no arithmetic, no transposition,
@@ -246,7 +301,7 @@ def value_and_step(
 
   Args:
     fun: `(params, *args, **kwargs) -> loss` or, with has_aux, `(loss, aux)`; it must be differentiable in reverse mode.
-    tx: a `MultiSteps`, of one microbatch or more, or an optimizer or `chain` of this package.
+    tx: a `MultiSteps`, of one microbatch or more, or an optimizer, `chain` or `layerwise` of this package.
     has_aux: whether fun returns a pair.
     extra_args: `(value, *args, **kwargs) -> dict`, what the optimizer of a `MultiSteps` gets besides gradients, state
       and parameters; value is the loss of the last microbatch. None is ``{'value': value}``.
@@ -260,7 +315,7 @@ def value_and_step(
       naming it.
     ValueError: if tx is a `MultiSteps` with a skip function, or anything else with extra_args; and where fun is traced,
       for a parameter used in a slice that cannot be added to, or, without a `MultiSteps`, for one whose update needs
-      more than its layer's gradient, naming it.
+      more than the gradient that comes at once, naming it.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> def loss_fn(params, x):
@@ -281,11 +336,13 @@ def value_and_step(
   0.10
   0.10
   """
-  optimizer = _transformation.optimizer_of(tx)
+  is_layerwise = isinstance(tx, _layerwise.LayerwiseTransformation)
+  optimizer: Any = tx.layerwise if is_layerwise else _transformation.optimizer_of(tx)
   if not isinstance(tx, _multi_steps.MultiSteps) and optimizer is None:
     raise TypeError(
       f'value_and_step takes an optimizer of lpmm_optax, alone or last in lpmm_optax.chain (not optax.chain), or an '
-      f'lpmm_optax.MultiSteps, which is outermost, got {type(tx).__name__}; wrap what is none, MultiSteps(tx, 1)'
+      f'lpmm_optax.layerwise or MultiSteps, which is outermost, got {type(tx).__name__}; wrap what is none, '
+      'MultiSteps(tx, 1)'
     )
   if isinstance(tx, _multi_steps.MultiSteps) and tx.microbatches.should_skip is not None:
     raise ValueError(
@@ -302,7 +359,7 @@ def value_and_step(
     structure, leaves = _plan.flatten(params)
     loss = _Loss(lambda params: fun(params, *args, **kwargs), has_aux, structure, leaves)
     if optimizer is not None:
-      return _move(optimizer, loss, opt_state)
+      return (_move_layers if is_layerwise else _move)(optimizer, loss, opt_state)
 
     def extra(value):
       value = value[0] if has_aux else value

@@ -70,10 +70,7 @@ def _where(when: jax.Array, fn: Callable[[Any], Any], x: Any) -> Any:
   """
   if not any(map(_array.is_quantized, jax.tree.leaves(x, is_leaf=_array.is_quantized))):
     return lax.cond(when, fn, lambda x: x, x)
-  if jax.sharding.get_abstract_mesh().manual_axes:  # What a loop carries must vary as its results do.
-    varying = lambda x, like: _mesh.vary(x, like.manual_axis_type.varying) if like.manual_axis_type else x
-    x = jax.tree.map(varying, x, jax.eval_shape(fn, x))
-  return _tiles.loop(when.astype(jnp.int32), lambda _, x: fn(x), x)
+  return _tiles.loop(when.astype(jnp.int32), lambda _, x: fn(x), _mesh.vary_as_results(fn, x))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

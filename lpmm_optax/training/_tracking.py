@@ -6,7 +6,6 @@ the *anchor*, on which such a function depends; so where the loss stops the grad
 """
 
 from collections.abc import Mapping
-from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -20,10 +19,9 @@ from jax.interpreters import mlir
 import jax.numpy as jnp
 
 from lpmm_optax.kernel import _gradient
+from lpmm_optax.kernel import _tiles
 from lpmm_optax.kernel import _update
-from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
-from lpmm_optax.storage import _random
 from lpmm_optax.trace import _plan
 
 # Marks where a parameter is dequantized; it is the identity on its `rows`. Parameters: sink.
@@ -55,7 +53,7 @@ class Place:
   """Arrays where a gradient goes, and what has to be known there. A differentiation rule may not close over them.
 
   Attributes:
-    step: of the leaf that moves.
+    step: of the leaf that moves, with the `run` and `of_use` of a `LeafStep`.
     slots: that leaf and its fields, with a `jax.Ref` in place of each array.
     weight: of a gradient, float32[]; None is one.
     uses: Ref to int32, the uses so far of every row of the leaf; None for one that is used once.
@@ -63,7 +61,7 @@ class Place:
     totals: Refs to their results so far.
   """
 
-  step: _low_precision.LeafStep
+  step: Any
   slots: list[Any]
   weight: jax.Array | None = None
   uses: Any = None
@@ -81,6 +79,7 @@ class Sink:
     place: None if the loss is only looked at.
     is_source: whether what moves is the parameter itself, which is then read there.
     reductions: of the whole gradient, by number.
+    most_axes: along how many leading axes a gradient may be a slice; None is all.
     was_reached: whether a gradient has come, once the loss has been differentiated.
   """
 
@@ -89,6 +88,7 @@ class Sink:
   place: Place | None = None
   is_source: bool = False
   reductions: Mapping[int, _plan.Reduction] = dataclasses.field(default_factory=dict)
+  most_axes: int | None = None
   was_reached: list[bool] = dataclasses.field(default_factory=list)
 
   def check(self, shape: tuple[int, ...]) -> None:
@@ -100,7 +100,14 @@ class Sink:
         'slices along leading axes only (jax.tree.map(lambda x: x[i], p), or lax.scan over them); dequantize it first, '
         'and slice the result'
       )
-    for slot in self.place.slots if self.place else ():
+    if self.most_axes is not None and axes > self.most_axes:
+      raise ValueError(
+        f'{self.path}: a parameter of shape {self.shape} is used in slices of shape {shape}, but lpmm_optax.layerwise '
+        f'needs the gradient of all of {self.shape[self.most_axes :]} at once. Name a parameter in its `stacked` for '
+        'slices along the first axis, and no other, to be leaves of their own; or accumulate gradients first, '
+        'lpmm_optax.MultiSteps(tx, 1)'
+      )
+    for slot in jax.tree.leaves(self.place.slots if self.place else (), is_leaf=_array.is_quantized):
       if any(axis < axes for axis, _ in _array.blocks_of(slot)):
         raise ValueError(
           f'{self.path}: blocks of what is kept for it run along one of the first axes of {self.shape}, which a slice '
@@ -116,10 +123,12 @@ class Sink:
       number = number // n
     return start
 
+  # A `jax.Ref` could be indexed itself, but not on an explicit mesh. Compiled, it is the same: a Ref is an array again
+  # by then, and updated in place.
   def read(self, place: Place, rows: jax.Array) -> _array.QuantizedArray:
     """The slice of the parameter that has these rows, as it is now."""
     start = self._start(rows, len(self.shape) - rows.ndim - 1)
-    return jax.tree.map(lambda ref: _slice(ref[...], start), place.slots[0])
+    return jax.tree.map(lambda ref: _tiles.slice_of(ref[...], start), place.slots[0])
 
   def add(self, place: Place, rows: jax.Array, gradient: jax.Array) -> None:
     """Takes the gradient of the slice that has these rows."""
@@ -135,19 +144,19 @@ class Sink:
       weight = jnp.where(is_slice, jnp.ones(()) if weight is None else weight, jnp.nan)
       # Every use is rounded by itself: with the same bits, errors of many uses would add up.
       uses = place.uses[...]
-      use = jnp.max(_slice(uses, start))
-      step = dataclasses.replace(step, words=jax.vmap(lambda word: _random.of_use(word, use))(step.words))
-      writes.append((place.uses, _with_slice(uses, jnp.full(self.shape[axes:-1], use + 1), start)))
+      use = jnp.max(_tiles.slice_of(uses, start))
+      step = step.of_use(use)
+      writes.append((place.uses, _tiles.with_slice(uses, jnp.full(self.shape[axes:-1], use + 1), start)))
     for number, reduction in self.reductions.items():
       reduce, combine = _update.REDUCERS[reduction.name][:2]
       (value,) = reduction.program(gradient.astype(jnp.float32), *place.scalars[number])
       total = place.totals[number]
       writes.append((total, combine(total[...], reduce(jnp.broadcast_to(value, gradient.shape)))))
     whole = jax.tree.map(lambda ref: ref[...], place.slots)
-    target, *fields = jax.tree.map(lambda x: _slice(x, start), whole)
+    target, *fields = jax.tree.map(lambda x: _tiles.slice_of(x, start), whole)
     new_target, new_fields = step.run(_gradient.Gradient(recent=gradient, weight=weight), target, fields, start)
     jax.tree.map(
-      lambda ref, x, new: writes.append((ref, _with_slice(x, new, start))),
+      lambda ref, x, new: writes.append((ref, _tiles.with_slice(x, new, start))),
       place.slots,
       whole,
       [new_target, *new_fields],
@@ -157,19 +166,6 @@ class Sink:
         ref[...] = x
     except Exception as error:
       raise _under_vmap(self.path) from error
-
-
-# A `jax.Ref` could be indexed itself, but not on an explicit mesh. Compiled, it is the same: a Ref is an array again by
-# then, and updated in place.
-def _slice(x: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
-  for index in start:
-    x = lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
-  return x
-
-
-def _with_slice(x: jax.Array, new: jax.Array, start: Sequence[jax.Array]) -> jax.Array:
-  indices = [*start, *[jnp.int32(0)] * new.ndim]
-  return lax.dynamic_update_slice(x, new.reshape((1,) * len(start) + new.shape), indices)
 
 
 @jax.tree_util.register_pytree_with_keys_class

@@ -201,8 +201,8 @@ def test_a_mesh_of_four_trains_as_one_device(finished, outcome_in):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('options', 'state'),
-  [(['--optimizer', 'sgdm'], 1.02), (['--moment-bits', '4'], 1.13)],
-  ids=['sgdm', 'moments of 4 bits'],
+  [(['--optimizer', 'sgdm'], 1.02), (['--moment-bits', '4'], 1.13), (['--optimizer', 'adafactor'], 0.03)],
+  ids=['sgdm', 'moments of 4 bits', 'adafactor'],
 )
 def test_neither_weights_nor_gradients_exist_as_a_dense_tree(monkeypatch, outcome_in, tmp_path, options, state):
   shape = SMALL | {'num_hidden_layers': 16, 'hidden_size': 256, 'intermediate_size': 768, 'vocab_size': 4096}
