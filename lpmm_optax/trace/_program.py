@@ -166,6 +166,7 @@ class Graph:
     *,
     given: Container[int] = (),
     zero: jax.Array | None = None,
+    products: Container[str] = ('mul',),
     rules: Mapping[str, Callable] = types.MappingProxyType({}),
     with_effects: bool = False,
   ) -> dict[int, jax.Array]:
@@ -177,6 +178,8 @@ class Graph:
       given: values that `argument` gives too, though they are results of operations.
       zero: uint32[], zero at run time, with which every floating-point product is rounded before it is used; None
         leaves that to the compiler.
+      products: names of the operations that are products then. Squares are none by default: those of whole leaves are
+        summed for a norm, and XLA on a CPU would write them to memory first.
       rules: by name of an elementwise operation, the function of (operand, **parameters) that stands in for it.
       with_effects: whether operations with side effects are executed besides.
     """
@@ -200,7 +203,7 @@ class Graph:
         full = [jnp.broadcast_to(x, self.shape(value)) for x, value in zip(operands, op.inputs, strict=True)]
         results = op.primitive.bind(*full, **op.primitive.get_bind_params(op.params))
         results = results if op.primitive.multiple_results else [results]
-      if zero is not None and op.name in _PRODUCTS and op.outputs[0] in self.absorbable:
+      if zero is not None and op.name in products and op.outputs[0] in self.absorbable:
         results = [_opaque(x, zero) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in results]
       for value, x in zip(op.outputs, results, strict=True):
         env[value] = jnp.reshape(x, ()) if self.uniform[value] and np.ndim(x) else x
@@ -243,7 +246,7 @@ def uncontracted(fn: Callable, zero: jax.Array) -> Callable:
   def wrapped(*args):
     graph, shapes = trace(fn, *args)
     arguments = dict(zip(graph.inputs, jax.tree.leaves(args), strict=True)) | graph.known
-    found = graph.evaluate(graph.outputs, arguments.__getitem__, zero=zero, with_effects=True)
+    found = graph.evaluate(graph.outputs, arguments.__getitem__, zero=zero, products=_PRODUCTS, with_effects=True)
     treedef: Any
     leaves, treedef = jax.tree.flatten(shapes)
     return treedef.unflatten(
