@@ -42,6 +42,31 @@ def train(tx, params, grads, use_step=False):
     return jax.jit(lambda p: jax.lax.scan(body, (p, tx.init(p)), grads)[0])(params)
 
 
+def descent(tx, format, steps, seeds):
+  """Losses of noisy descent on a quadratic from near its minimum, of shape [seeds, steps]."""
+  target = 0.1 * jax.random.normal(jax.random.key(0), (128, 128))
+
+  def run(seed):
+    key = jax.random.key(seed)
+    params = target + 0.01 * jax.random.normal(key, target.shape)
+    params = lpmm.quantize(params, format) if format else params
+
+    def body(carry, i):
+      weights = lpmm.dequantize(carry[0])
+      noise = 0.1 * jax.random.normal(jax.random.fold_in(key, i), target.shape)
+      return lpmm.step(tx, weights - target + noise, *carry), jnp.mean((weights - target) ** 2)
+
+    return jax.lax.scan(body, (params, tx.init(params)), jnp.arange(steps))[1]
+
+  with jax.numpy_dtype_promotion('standard'):
+    return np.array([jax.jit(run)(seed) for seed in range(seeds)])
+
+
+def excess(tx, format, steps=1500, seeds=3):
+  """Mean loss over the last tenth, seed by seed."""
+  return descent(tx, format, steps, seeds)[:, -steps // 10 :].mean(axis=1)
+
+
 def step_by(tx, route):
   """(gradients, params, state) -> (params, state): `lpmm.step`, or the update that is added."""
 

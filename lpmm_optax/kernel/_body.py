@@ -27,9 +27,6 @@ from lpmm_optax.trace import _program
 _MOST_IN_ARRAY = 2**31
 TOO_LARGE = f'more than {_MOST_IN_ARRAY} elements on a device'
 
-# A kernel knows nothing of the mesh.
-_RULES = {'pcast': lambda x, **_: x, 'pvary': lambda x, **_: x}
-
 
 def is_too_large(shape: tuple[int, ...]) -> bool:
   """Whether an array has too many elements for a kernel; its shards may have few enough."""
@@ -113,7 +110,7 @@ class Body:
       return x + offsets[self._axis_of[value]] if value in self._axis_of else x
 
     outputs = self._graph.outputs
-    new = self._graph.evaluate(outputs, argument, given=self._word_of, rules={**_RULES, **rules})
+    new = self._graph.evaluate(outputs, argument, given=self._word_of, rules={**_program.WITHOUT_MESH, **rules})
     return {value: new[output] for value, output in zip(self.written, outputs, strict=True)}
 
 

@@ -26,9 +26,22 @@ _LARGEST_SQUARED = 2.0**63
 # Of a parameter: 4 to 8 units in the last place, within which two that should be equal differ by what was rounded.
 _DIFFERENCE_NOISE = 2.0**-21
 
-# (fields, error, grid_step, hyperparams) -> fields on dense tiles, for `LeafUpdate.correct`: a function of a module,
-# for it is compared and hashed.
-Correction = Callable[[dict[str, jax.Array], jax.Array, jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]
+# What `LeafUpdate` has of functions is compared and hashed, so they are those of a module, or frozen dataclasses.
+LeafProgram = Callable[..., list[jax.Array]]
+# (fields, error, grid, hyperparams, *more) -> fields, on dense tiles.
+Correction = Callable[..., dict[str, jax.Array]]
+
+
+class Grid(NamedTuple):
+  """The grid of a tile of the target, once it is rounded.
+
+  Attributes:
+    step: the distance of neighbouring points, which broadcasts against the tile.
+    largest: of a tile without NaN, the largest magnitude among the elements that share a step, which broadcasts too.
+  """
+
+  step: jax.Array
+  largest: Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +49,10 @@ class LeafUpdate:
   """What is static about a leaf's update; equal ones share one compiled program.
 
   Attributes:
-    program: (gradient, target, *fields, *reads, *scalars) -> (delta of the target, *fields); None adds the recent
-      gradient to the target, which is the accumulated one.
+    program: (gradient, target, *fields, *reads, *scalars) -> (delta of the target, *fields, *more), of which more is
+      for `correct`; None adds the recent gradient to the target, which is the accumulated one.
     fields: names of the state fields, each once.
-    correct: puts the target's rounding error, (target + delta) - (what is stored), into fields, given the distance of
-      neighbouring grid points, which broadcasts against the tile; None drops it.
+    correct: puts the target's rounding error, (target + delta) - (what is stored), into fields; None drops it.
     in_place: whether to return the new target or the delta that leads there.
     is_difference: whether the delta is computed as a difference from the target.
     shape: of the array that elements are numbered in, of which the target may be a slice along leading axes.
@@ -50,7 +62,7 @@ class LeafUpdate:
     sharding: of the leaf, where types say it.
   """
 
-  program: _program.Program | None
+  program: LeafProgram | None
   shape: tuple[int, ...]
   tile_size: int
   shard_axes: frozenset[str]
@@ -122,36 +134,38 @@ def update_leaf(
       return _array.random_bits(slots[slot], values.words[slot], view, static.shape, coordinates, values.start)
 
     def compute(reads, value, old_fields):
-      """The wanted delta, and the wanted fields."""
+      """The wanted delta, the wanted fields, and more for the correction."""
       weighted = dataclasses.replace(gradient, weight=values.weight)
       if static.program is None:
-        return weighted.change(value, view.split(reads['gradient'][1]), dtype), []
+        return weighted.change(value, view.split(reads['gradient'][1]), dtype), [], []
       g = weighted.tile(reads['gradient'], view, dtype)
       if squared:
         g = jnp.where(jnp.isfinite(g), jnp.clip(g, -_LARGEST_SQUARED, _LARGEST_SQUARED), g)
       decoded = [c.decode(old).astype(x.dtype) for c, old, x in zip(codecs, old_fields, fields, strict=True)]
       results = static.program(g, value, *decoded, *(view.split(x) for x in reads['reads']), *values.scalars)
-      delta, *new = (jnp.broadcast_to(x.astype(dtype), value.shape) for x in results)
+      results = [x.astype(dtype) for x in results]
+      delta, *new = (jnp.broadcast_to(x, value.shape) for x in results[: 1 + len(fields)])
       if static.is_difference and fields and _array.is_quantized(target):
         # Nothing has come: what is left of the difference of two sums is how they were rounded.
         is_still = jnp.abs(delta) <= jnp.abs(value) * _DIFFERENCE_NOISE
         for old, x in zip(decoded, new, strict=True):
           is_still = is_still & (x == old.astype(dtype))
         delta = jnp.where(is_still, jnp.zeros((), dtype), delta)
-      return delta, new
+      return delta, new, results[1 + len(fields) :]
 
     def first(coordinates, reads, writes):
       old = (reads | writes)['target']
       value = target_codec.decode(old)
-      delta, new = compute(reads, value, writes['fields'])
-      return target_codec.advance(old, value + delta, bits(0, coordinates), delta), new
+      delta, *new = compute(reads, value, writes['fields'])
+      return target_codec.advance(old, value + delta, bits(0, coordinates), delta), *new
 
     def second(coordinates, carried, writes):
-      payload, new_values = carried
+      payload, new_values, more = carried
       if static.correct is not None and not isinstance(target_codec, _codec.DenseCodec):
         new, error = target_codec.finish(payload)
         named = dict(zip(static.fields, new_values, strict=True))
-        named = static.correct(named, error, target_codec.step(new), values.hyperparams)
+        grid = Grid(target_codec.step(new), target_codec.largest)
+        named = static.correct(named, error, grid, values.hyperparams, *more)
         new_values = [named[name] for name in static.fields]
       return [
         codec.finish(codec.advance(old, value, bits(1 + k, coordinates)))[0]
@@ -159,7 +173,7 @@ def update_leaf(
       ]
 
     def last(carried, result, reads):
-      payload, _ = carried
+      payload, *_ = carried
       new, _ = target_codec.finish(payload)
       if static.in_place:
         return {'target': new, 'fields': result}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _feedback
 from lpmm_optax.optimizers import _hyperparams
 from lpmm_optax.optimizers import _low_precision
@@ -22,12 +23,12 @@ _LARGEST_CHANGE = 4.0
 
 
 def _correct_first_moment(
-  fields: dict[str, jax.Array], error: jax.Array, grid_step: jax.Array, hyper: dict[str, jax.Array]
+  fields: dict[str, jax.Array], error: jax.Array, grid: _update.Grid, hyper: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
   mu, nu = fields['mu'], fields['nu']
   scale = jnp.sqrt(nu * hyper['debias'] + hyper['eps_root']) + hyper['eps']
   # Of all errors the same part is fed back: cut to size one by one, they would not be zero in the mean any more.
-  least = jnp.maximum(grid_step / _LARGEST_CHANGE, jnp.finfo(grid_step.dtype).tiny)
+  least = jnp.maximum(grid.step / _LARGEST_CHANGE, jnp.finfo(grid.step.dtype).tiny)
   divisor = jnp.where(hyper['reach'] < 0, -1.0, 1.0) * jnp.maximum(jnp.abs(hyper['reach']), least)
   # Whether XLA divides or takes a reciprocal would depend on whether a view of tiles shows that blocks share a divisor.
   mu = mu - scale * error * (1.0 / divisor)
@@ -74,11 +75,13 @@ def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
 
 def _choose_feedback(
   hyper: dict[str, Any], nesterov: bool, formats: _field_formats.Formats, error_feedback: bool | None
-) -> _feedback.Feedback | None:
+) -> _feedback.Feedback | _feedback.Found | None:
   """The feedback that the arguments ask for, after a check of `formats`."""
   _field_formats.check(formats, ('mu', 'nu'))
-  problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), nesterov, least_bits=4)
-  return _first_moment_feedback(hyper) if _feedback.decide(error_feedback, problem, formats, 'mu') else None
+  problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), least_bits=4)
+  if not _feedback.decide(error_feedback, problem, formats, 'mu'):
+    return None
+  return _feedback.Found(is_required=error_feedback is True) if nesterov else _first_moment_feedback(hyper)
 
 
 def _checked(learning_rate: optax.ScalarOrSchedule, **scalars: Any) -> dict[str, Any]:
@@ -119,7 +122,8 @@ def adam(
   is looked up 128 steps ahead for that (under `jax.vmap`), and taken to be constant from there on. So that a rate which
   rises unforeseen, an injected one or that of another run, does no harm, the sum counts as a quarter of the parameter's
   grid step at least: no error changes a first moment by more than :math:`4 \sqrt{\hat v}`, and at rates under about a
-  thirty-sixth of a grid step (with :math:`\beta_1 = 0.9`) feedback fades. On a noisy quadratic it leaves less than a
+  thirty-sixth of a grid step (with :math:`\beta_1 = 0.9`) feedback fades. With Nesterov momentum it is that of
+  `low_precision`. On a noisy quadratic it leaves less than a
   fifth of what stochastic rounding alone adds to the loss (`tests/optimizers/test_adam.py`).
 
   Moments take four bits, with ``formats={'nu': lpmm_optax.UINT4_SQRT}`` for the second alone, which costs little, or
@@ -137,8 +141,8 @@ def adam(
     nesterov: whether to use Nesterov momentum (Dozat, 2016).
     formats: how state is stored, see `low_precision`. How parameters are stored is decided by what `init` and `update`
       are given.
-    error_feedback: None for on wherever it works (a first moment rounded stochastically, no Nesterov, and not dense by
-      `formats`), True to insist, False for stochastic rounding alone.
+    error_feedback: None for on wherever it works (a first moment rounded stochastically, and not dense by `formats`),
+      True to insist, False for stochastic rounding alone.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: as for `low_precision`.

@@ -65,6 +65,7 @@ def low_precision(
   inner: optax.GradientTransformation,
   *,
   formats: _field_formats.Formats = 'default',
+  error_feedback: bool | None = False,
   key: jax.Array | None = None,
   tile_size: int | None = None,
   shard_axes: Sequence[str] = (),
@@ -95,6 +96,12 @@ def low_precision(
       all state dense. A dict {field: ...} gives a Format, None, or, as in `quantize`, a list of (regular expression,
       Format or None) or a function of (path, leaf), for the fields it names, such as 'mu'; the others keep their
       defaults.
+    error_feedback: whether the error of rounding a parameter goes into the momentum that moves it: a field that decays
+      by one factor between 0 and 1, in a format with stochastic rounding, and that the update depends on
+      differentiably. With the decay b and the update's derivative s by the momentum, both of the program that `inner`
+      was traced to, an error e is e (1 - b) / s there, so that it comes back over the following steps. It is bounded
+      by what gradients do (`docs/theory.md`). False for stochastic rounding alone, None for feedback wherever there
+      is a momentum and the update is elementwise, True to insist.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: manual mesh axes over which parameters are sharded, so that every shard rounds with bits of its own, in
@@ -106,8 +113,8 @@ def low_precision(
 
   Raises:
     TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf, what is done with it
-      and which formats can; for a state that it did not make, at `update`. What `inner` itself raises gets a note that
-      says how it was called.
+      and which formats can; at `update`, for a quantized leaf that has no momentum if error_feedback is True, and for a
+      state that it did not make. What `inner` itself raises gets a note that says how it was called.
 
   >>> import jax, jax.numpy as jnp, optax, lpmm_optax as lpmm
   >>> inner = optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01, momentum=0.9))
@@ -127,7 +134,10 @@ def low_precision(
   0.94
   0.88
   """
-  return transform(inner, 'low_precision', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes)
+  feedback = None if error_feedback is False else _feedback.Found(is_required=error_feedback is True)
+  return transform(
+    inner, 'low_precision', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes, feedback=feedback
+  )
 
 
 def _evaluate_outer(
@@ -231,7 +241,7 @@ class LowPrecision:
   raw_key: jax.Array
   tile_size: int | None
   shard_axes: frozenset[str]
-  feedback: _feedback.Feedback | None
+  feedback: _feedback.Feedback | _feedback.Found | None
   into_momentum: IntoMomentum | None
   preceding: tuple[optax.GradientTransformation, ...] | None = None
 
@@ -333,7 +343,7 @@ class LowPrecision:
     words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
-    names = [entry.field if e >= foreign else entry.path for e, entry in enumerate(state.entries)]
+    names = ['' if e < foreign else entry.field for e, entry in enumerate(state.entries)]
     return PlannedStep(
       structure,
       leaves,
@@ -419,7 +429,7 @@ class PlannedStep:
     own: the state of the optimizer.
     state: of what precedes it, and its inner one.
     plan: of the update.
-    names: of the entries.
+    names: of the entries, empty for those of what precedes the optimizer.
     words: uint32[slots, 2] per leaf.
     zero: uint32[], zero at run time.
     feedback: of rounding errors, or None.
@@ -437,7 +447,7 @@ class PlannedStep:
   names: list[str]
   words: dict[int, jax.Array]
   zero: jax.Array
-  feedback: _feedback.Feedback | None
+  feedback: _feedback.Feedback | _feedback.Found | None
   hyperparams: dict[str, jax.Array]
   tile_size: int
   shard_axes: frozenset[str]
@@ -463,23 +473,26 @@ class PlannedStep:
   def leaf(self, i: int, outer: Mapping[int, jax.Array], in_place: bool) -> LeafStep:
     """The update of a leaf, from the outer values that it needs."""
     leaf = self.plan.leaves[i]
-    names = tuple(self.names[e] for e in leaf.fields)
-    feedback = self.feedback
-    if feedback is not None and not feedback.fields <= set(names):
-      feedback = None
+    named = [self.names[e] for e in leaf.fields]
+    names = tuple(name if name and named.count(name) == 1 else f'{k}' for k, name in enumerate(named))
+    path = self.structure.paths[i]
+    program: _update.LeafProgram = leaf.program
+    correct = None
+    if self.feedback is not None and _array.is_quantized(self.leaves[i]):
+      fields = dict(zip(names, self.fields(i), strict=True))
+      program, correct = self.feedback.of_leaf(path, leaf, fields)
     static = _update.LeafUpdate(
-      leaf.program,
+      program,
       self.leaves[i].shape,
       self.tile_size,
       self.shard_axes,
       names,
-      feedback.correct if feedback else None,
+      correct,
       in_place,
       leaf.is_difference,
     )
     reads, scalars = [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
-    path = self.structure.paths[i]
-    return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams if feedback else {})
+    return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams if correct else {})
 
   def finish(
     self, new: Mapping[int, tuple[Any, list[Any]]], outer: Mapping[int, jax.Array], rest: list[Any]
@@ -513,7 +526,7 @@ def transform(
   key: jax.Array | None,
   tile_size: int | None,
   shard_axes: Sequence[str],
-  feedback: _feedback.Feedback | None = None,
+  feedback: _feedback.Feedback | _feedback.Found | None = None,
   into_momentum: IntoMomentum | None = None,
 ) -> _transformation.InPlaceTransformation:
   """`low_precision` with more that its aliases need: a name for messages, feedback, and `IntoMomentum`."""

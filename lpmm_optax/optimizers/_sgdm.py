@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lpmm_optax.kernel import _update
 from lpmm_optax.optimizers import _feedback
 from lpmm_optax.optimizers import _hyperparams
 from lpmm_optax.optimizers import _low_precision
@@ -71,7 +72,7 @@ def _velocity(learning_rate: optax.ScalarOrSchedule, momentum: Any) -> optax.Gra
 
 
 def _add_error(
-  fields: dict[str, jax.Array], error: jax.Array, grid_step: jax.Array, hyper: dict[str, jax.Array]
+  fields: dict[str, jax.Array], error: jax.Array, grid: _update.Grid, hyper: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
   """Adds an error to the velocity, times a correction.
 
@@ -80,7 +81,7 @@ def _add_error(
   """
   velocity = fields['trace'] + hyper['correction'] * error
   if 'shrink' in hyper:
-    bound = hyper['residue'] * grid_step
+    bound = hyper['residue'] * grid.step
     velocity = velocity - hyper['shrink'] * jnp.clip(velocity, -bound, bound)
   return fields | {'trace': velocity}
 
@@ -187,7 +188,7 @@ def sgdm(
   :math:`\eta_t / (1 - \beta)`, whatever the schedule, because the error cancels: Q changes w by -e and the velocity
   term by +e. The two forms are the same optimizer for a constant learning rate; under a schedule the velocity form
   applies to each gradient the rate at which it came (as Sutskever et al. have it). A learning rate of exactly zero is
-  no step.
+  no step. With Nesterov momentum, the momentum is no velocity, and feedback is that of `low_precision`.
 
   Args:
     learning_rate: a scalar, or a schedule of the step count.
@@ -196,8 +197,8 @@ def sgdm(
     weight_decay: :math:`\lambda`, added to the gradient before the momentum as torch and the paper do.
     formats: how the momentum (state field ``'trace'``) is stored, see `low_precision`; the default is `INT8`. How
       parameters are stored is decided by what `init` and `update` are given.
-    error_feedback: None for on wherever it works (a momentum of at least 8 bits rounded stochastically, no Nesterov,
-      and formats not None), True to insist, False for the paper's optimizer.
+    error_feedback: None for on wherever it works (a momentum of at least 8 bits rounded stochastically, and formats
+      not None), True to insist, False for the paper's optimizer.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: as for `low_precision`.
@@ -236,7 +237,8 @@ def sgdm(
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
   _field_formats.check(formats, ('trace',))
   learning_rate = _hyperparams.checked('learning_rate', learning_rate)
-  problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), nesterov, least_bits=8)
+  problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), least_bits=8)
+  is_required = error_feedback is True
   error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
   weight_decay = _hyperparams.check('weight_decay', weight_decay)
   # One structure of the state whatever the weight decay, which inject_hyperparams makes a tracer.
@@ -244,13 +246,15 @@ def sgdm(
   inner = [optax.add_decayed_weights(weight_decay) if decays else optax.identity()]
   if has_trace:
     momentum = _hyperparams.check('momentum', momentum)
-  if error_feedback:
+  feedback: _feedback.Feedback | _feedback.Found | None = None
+  if error_feedback and not nesterov:
     inner.append(_velocity(learning_rate, momentum))
+    feedback = _velocity_feedback(momentum, is_decayed=False)
   else:
     if has_trace:
       inner.append(optax.trace(momentum, nesterov))
     inner.append(optax.scale_by_learning_rate(learning_rate))
-  feedback = _velocity_feedback(momentum, is_decayed=False) if error_feedback else None
+    feedback = _feedback.Found(is_required) if error_feedback else None
   transform = functools.partial(
     _low_precision.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes
   )

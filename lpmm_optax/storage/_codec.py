@@ -146,6 +146,10 @@ class LinearCodec:
     """The distance of neighbouring codes, which broadcasts against the cell view; of their roots for squares."""
     return self.blocks.spread(from_bfloat16_bits(stored.scales))
 
+  def largest(self, x: jax.Array) -> jax.Array:
+    """In view, without NaN, to the largest magnitude in each block, which broadcasts against the view."""
+    return self.blocks.spread(self.blocks.absmax(x))
+
   def encode(self, value: jax.Array, bits: jax.Array | None, dtype: Any = jnp.float32) -> Payload:
     """Rounds values, float32 in view, to a fresh grid; see `advance` for the rest.
 
@@ -283,6 +287,10 @@ class BFloat16Codec:
     """The distance to the next larger magnitude, in view."""
     power = _float_of(_bits_of(self.decode(stored)) & jnp.uint32(0x7F800000))
     return power * np.float32(2.0**-7)
+
+  def largest(self, x: jax.Array) -> jax.Array:
+    """The magnitudes, for every element has a step of its own."""
+    return jnp.abs(x)
 
   def encode(self, value: jax.Array, bits: jax.Array | None, dtype: Any = jnp.float32) -> Payload:
     """Rounds values, float32 in view; the error is kept beside them."""

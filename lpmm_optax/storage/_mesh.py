@@ -116,3 +116,11 @@ def template(x: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, dtype)
   aval: Any = jax.typeof(x)
   return jax.ShapeDtypeStruct(x.shape, dtype, sharding=aval.sharding, manual_axis_type=aval.manual_axis_type)
+
+
+def some_elements(aval: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+  """An array of another shape, on any device as an array of type `aval` is."""
+  if not aval.manual_axis_type.varying:
+    return jax.ShapeDtypeStruct(shape, aval.dtype)
+  sharding = replicated(aval.sharding.mesh)
+  return jax.ShapeDtypeStruct(shape, aval.dtype, sharding=sharding, manual_axis_type=aval.manual_axis_type)

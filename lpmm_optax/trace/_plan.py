@@ -147,11 +147,10 @@ def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
   # Optax's optimizers and schedules mix dtypes, whatever the user's setting is for code of their own. Shapes alone are
   # traced, which no mesh of the context should reach, for ours run in automatic mode; but in `jax.shard_map` types name
   # axes of that mesh.
-  nowhere = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
   axis_types = [x.manual_axis_type for x in jax.tree.leaves(args)]
   is_manual = any(t is not None and t.varying for t in axis_types)
   try:
-    with jax.numpy_dtype_promotion('standard'), contextlib.nullcontext() if is_manual else nowhere:
+    with jax.numpy_dtype_promotion('standard'), contextlib.nullcontext() if is_manual else _program.no_mesh():
       return _program.trace(fn, *args)
   except Exception as error:
     error.add_note(
@@ -210,6 +209,7 @@ class LeafPlan:
     scalars: outer values that are uniform.
     is_difference: whether the delta is computed as a new parameter minus the old one.
     obstacle: the operation that is not elementwise, if the leaf is processed whole, else None.
+    templates: what the program's arguments are, scalars and, in place of tiles, some elements.
   """
 
   program: _program.Program
@@ -218,6 +218,7 @@ class LeafPlan:
   scalars: tuple[int, ...]
   is_difference: bool
   obstacle: str | None
+  templates: tuple[jax.ShapeDtypeStruct, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -421,22 +422,23 @@ def _plan_leaf(
   shape = graph.shape(arguments[0])
   fits = lambda v: owners[v] is None and not stored[v] and (graph.uniform[v] or graph.shape(v) == shape)
   misfit = next((value for value in boundary if not fits(value)), None)
-  if misfit is None:
-    reads = tuple(value for value in boundary if not graph.uniform[value])
-    scalars = tuple(value for value in boundary if graph.uniform[value])
-    program = _program.cut(graph, [*arguments, *reads, *scalars], wanted)
-    return LeafPlan(program, fields, reads, scalars, _is_difference(graph, wanted[0], arguments[1]), None)
-  crossings = [
-    op.name
-    for op in graph.slice([misfit])
-    if any(owners[v] is not None for v in op.inputs) and owners[op.outputs[0]] is None
-  ]
-  # Computed outside; what is left to the leaf's program is to take the results.
-  reads = tuple(dict.fromkeys(value for value in wanted if not graph.uniform[value]))
-  scalars = tuple(dict.fromkeys(value for value in wanted if graph.uniform[value] and not graph.is_literal(value)))
-  program = _program.cut(graph, [*arguments, *reads, *scalars], wanted)
-  obstacle = crossings[0] if crossings else 'another leaf'
-  return LeafPlan(program, fields, reads, scalars, _is_difference(graph, wanted[0], arguments[1]), obstacle)
+  obstacle = None
+  if misfit is not None:
+    crossings = [
+      op.name
+      for op in graph.slice([misfit])
+      if any(owners[v] is not None for v in op.inputs) and owners[op.outputs[0]] is None
+    ]
+    obstacle = crossings[0] if crossings else 'another leaf'
+    # Computed outside; what is left to the leaf's program is to take the results.
+    boundary = [value for value in dict.fromkeys(wanted) if not graph.is_literal(value)]
+  reads = tuple(value for value in boundary if not graph.uniform[value])
+  scalars = tuple(value for value in boundary if graph.uniform[value])
+  inputs = [*arguments, *reads, *scalars]
+  is_difference = _is_difference(graph, wanted[0], arguments[1])
+  templates = tuple(_mesh.some_elements(graph.avals[v], () if v in scalars else (2,)) for v in inputs)
+  program = _program.cut(graph, inputs, wanted)
+  return LeafPlan(program, fields, reads, scalars, is_difference, obstacle, templates)
 
 
 def _is_difference(graph: _program.Graph, delta: int, param: int) -> bool:

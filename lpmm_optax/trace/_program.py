@@ -16,6 +16,7 @@ from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 import math
@@ -58,6 +59,15 @@ _PRODUCTS = frozenset({'integer_pow', 'mul', 'square'})
 _ABSORBS_NOTHING = _PRODUCTS | {'abs', 'bitcast_convert_type', 'convert_element_type', 'round'}
 
 _UINT_OF_BYTES = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+  """In which no mesh reaches what is traced or computed."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+# For `Graph.evaluate` where nothing is known of a mesh, as in a kernel: what says along which axes a value varies.
+WITHOUT_MESH = {'pcast': lambda x, **_: x, 'pvary': lambda x, **_: x}
 
 # What only changes the shape of a value that is the same everywhere.
 RESHAPES = frozenset({'broadcast_in_dim', 'expand_dims', 'reshape', 'squeeze'})
@@ -112,8 +122,9 @@ class Graph:
     is_number = jnp.issubdtype(self.avals[value].dtype, jnp.number) or self.avals[value].dtype == bool
     if not (is_number and self.uniform[value] and all(self.is_literal(v) or v in self.producers for v in sources)):
       return None
-    with jax.ensure_compile_time_eval():
-      return self.evaluate([value], lambda _: None)[value].item()
+    # In `jax.shard_map`, the mesh of the context has a part in every computation.
+    with jax.ensure_compile_time_eval(), no_mesh():
+      return self.evaluate([value], lambda _: None, rules=WITHOUT_MESH)[value].item()
 
   def elementwise(self, op: Op) -> bool:
     """Whether every result at an index depends on the operands at that index alone."""
@@ -355,12 +366,13 @@ class Program:
   steps: tuple[tuple[jex.Primitive, tuple[tuple[str, Any], ...], tuple[Any, ...]], ...]
   results: tuple[Any, ...]
 
-  def __call__(self, *arguments: Any) -> list[jax.Array]:
-    """The results; scalars where they depend on scalars alone."""
+  def __call__(self, *arguments: Any, constant: Container[Any] = ()) -> list[jax.Array]:
+    """The results; scalars where they depend on scalars alone. Values that count as constant have no derivative."""
     env = list(arguments)
     read = lambda x: jnp.asarray(x.value, x.dtype) if isinstance(x, Literal) else env[x]
     for primitive, params, operands in self.steps:
-      env.append(bind_elementwise(primitive, dict(params), [read(x) for x in operands]))
+      x = bind_elementwise(primitive, dict(params), [read(x) for x in operands])
+      env.append(lax.stop_gradient(x) if len(env) in constant else x)
     return [read(x) for x in self.results]
 
 

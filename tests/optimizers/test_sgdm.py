@@ -125,8 +125,11 @@ def test_feedback_is_on_where_it_can_be():
   assert not np.array_equal(default['kernel'].codes, off['kernel'].codes)
   assert_trees_equal(run(formats=None), run(formats=None, error_feedback=False))
   nearest = lpmm.Format(rounding='nearest')
-  for kwargs in ({'nesterov': True}, {'formats': lpmm.INT4}, {'formats': nearest}, {'momentum': None}):
+  for kwargs in ({'formats': lpmm.INT4}, {'formats': nearest}, {'momentum': None}):
     run(**kwargs)
+  nesterov = [run(nesterov=True, error_feedback=feedback) for feedback in (None, True, False)]
+  assert_trees_equal(*nesterov[:2])
+  assert not np.array_equal(nesterov[0]['kernel'].codes, nesterov[2]['kernel'].codes)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +138,6 @@ def test_feedback_is_on_where_it_can_be():
     ({'formats': lpmm.Format(rounding='nearest')}, 'oscillates'),
     ({'formats': lpmm.INT4}, '8 bits'),
     ({'formats': {'trace': lpmm.INT4}}, '8 bits'),
-    ({'nesterov': True}, 'nesterov'),
     ({'momentum': None}, 'momentum'),
     ({'momentum': 0.0}, 'momentum'),
     ({'momentum': 1.0}, 'momentum'),
