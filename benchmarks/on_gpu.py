@@ -463,15 +463,14 @@ def write_model(folder: Path, small: bool) -> None:
   tokenizer.save(str(folder / 'tokenizer.json'))
 
 
-def scripts(run: Run) -> None:
-  """Scripts side by side: what they print, and whether they came to their ends; what has no data is left out."""
-  args, root = run.args, Path(__file__).parents[1]
+def make_commands(args: argparse.Namespace) -> dict[str, tuple[list[Any], float]]:
+  """By name, scripts with their arguments, and the share of the device's memory that each gets; none without data."""
+  root = Path(__file__).parents[1]
   found = args.results.with_suffix('.accuracy.jsonl')
   accuracy = [root / 'benchmarks' / 'accuracy.py', '--microbatches', '1', '--results', found]
-  seeds = ['--seeds', *map(str, range(2 if run.small else 5))]
-  # By name: what is run, and the share of the device's memory that it gets.
+  seeds = ['--seeds', *map(str, range(2 if args.small else 5))]
   commands: dict[str, tuple[list[Any], float]] = {}
-  if run.small:
+  if args.small:
     commands['accuracy'] = (
       [*accuracy, '--together', *seeds, '--tasks', 'digits', '--methods', 'sgdm-8', '--steps', '4'],
       0.2,
@@ -484,11 +483,11 @@ def scripts(run: Run) -> None:
     data = ['--tasks', 'cifar10', '--cifar10', args.cifar10, '--epochs', str(args.epochs), '--methods']
     for method in CIFAR10:
       commands[f'cifar10, {method}'] = [*accuracy, *seeds, *data, method], 0.08
-  if args.model is not None or run.small:
+  if args.model is not None or args.small:
     folder = args.model or args.results.with_suffix('.model')
     if not (folder / 'tokenizer.json').is_file():
-      write_model(folder, run.small)
-    steps, context = (2, 64) if run.small else (20, 2048)
+      write_model(folder, args.small)
+    steps, context = (2, 64) if args.small else (20, 2048)
     options = {
       'data': root / 'README.md',
       'batch-size': 1,
@@ -498,8 +497,13 @@ def scripts(run: Run) -> None:
     }
     script = [root / 'examples' / 'finetune_llm.py', '--model', folder, '--sample-tokens', '8']
     commands['finetune_llm'] = [*script, *(f'--{name}={value}' for name, value in options.items())], 0.42
-  started = {}
-  for name, (command, share) in commands.items():
+  return commands
+
+
+def scripts(run: Run) -> None:
+  """Scripts side by side: what they print, and whether they came to their ends."""
+  args, started = run.args, {}
+  for name, (command, share) in make_commands(args).items():
     environment = os.environ | {'XLA_PYTHON_CLIENT_MEM_FRACTION': str(share), 'COLUMNS': '160'}
     environment.pop('XLA_PYTHON_CLIENT_PREALLOCATE', None)
     log = args.results.with_suffix(f'.{name.replace(", ", "_")}.log')
