@@ -112,7 +112,7 @@ def test_what_is_exported_loads_in_transformers_with_the_same_logits(folder, raw
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Loads a model of 60 million parameters in bfloat16 twice, of which the first compiles, and prints its bytes and those
+# Loads a model of 65 million parameters in bfloat16 twice, of which the first compiles, and prints its bytes and those
 # by which the process grew at most.
 LOADING = """
 import ctypes, functools, json, pathlib, sys
@@ -140,7 +140,7 @@ print(sum(x.nbytes for x in jax.tree.leaves(params)), resident('VmHWM') - before
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='asks the Linux kernel for its memory')
 def test_the_host_never_holds_the_dense_model(tmp_path):
-  raw = CONFIGS['llama2'] | {'vocab_size': 4096, 'hidden_size': 1024, 'intermediate_size': 2816, 'num_hidden_layers': 4}
+  raw = CONFIGS['llama2'] | {'vocab_size': 1024, 'hidden_size': 512, 'intermediate_size': 1408, 'num_hidden_layers': 20}
   raw |= {'num_attention_heads': 8, 'num_key_value_heads': 8}
   count = sum(math.prod(shape) for shape, _ in llama.tensors(llama.parse_config(raw)).values())
   # What is freed goes back to the kernel at once.
@@ -150,10 +150,9 @@ def test_the_host_never_holds_the_dense_model(tmp_path):
   out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=240).stdout
   held, peak = map(int, out.split())
   assert held < 1.05 * count
-  # Of the largest tensor, bfloat16 and float32 as they are read, and the temporaries of rounding it. In bfloat16 the
-  # dense model would take another 60 MB beyond the 60 of its codes, in float32 180.
-  largest = 4 * 1024 * 2816
-  assert peak < held + 4 * largest
+  # On top come 20 MB: one tensor as it is read and the temporaries of rounding it, compiled programs, and what the
+  # allocators keep. In bfloat16 the dense model would take another 65 MB beyond the 65 of its codes.
+  assert peak < held + 3 / 4 * count
 
 
 def test_files_that_are_not_what_the_config_says_are_refused(folder, raw, tmp_path):
