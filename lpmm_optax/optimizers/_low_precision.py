@@ -290,7 +290,8 @@ class LowPrecision:
   def explain(self, params: Any, **extra_args: Any) -> _transformation.Explanation:
     """As in `explain`."""
     structure, leaves = _plan.flatten(_array.unwrap(params))
-    plan = _plan.plan_update(self.composite, structure, _plan.trace_init(self.composite, structure)[1], extra_args)
+    state = _plan.trace_init(self.composite, structure)[1]
+    plan = _plan.plan_first_update(self.composite, structure, state, extra_args)
     obstacles = {structure.paths[i]: leaf.obstacle for i, leaf in plan.leaves.items() if leaf.obstacle}
     traced = _plan.trace_init(self.inner, structure)
     uses, choices = _first_state.choose(self.formats, self.inner, structure, leaves, *traced)

@@ -48,12 +48,14 @@ class _Flow:
     below: as a divisor.
     squared: of these, the ones of which it has squares.
     differs: the ones whose difference it is, which may be far smaller than they are.
+    changes: the ones that keep the last gradient or parameter, and of whose change it is a multiple, or a sum of such.
   """
 
   above: frozenset[int] = frozenset()
   below: frozenset[int] = frozenset()
   squared: frozenset[int] = frozenset()
   differs: frozenset[int] = frozenset()
+  changes: frozenset[int] = frozenset()
 
   @property
   def all(self) -> frozenset[int]:
@@ -117,7 +119,7 @@ class _Reader:
     """Notes the uses in one operation; returns the flow of its results."""
     names, flow = {op.name} | _operations(op), _joined(x)
     entries = flow.all
-    if not entries or op.name in _FORGETS:
+    if not (entries or flow.changes) or op.name in _FORGETS:
       return _Flow()
     if names & _DECOMPOSITIONS:
       self._note(Use.DECOMPOSITION, entries)
@@ -126,8 +128,10 @@ class _Reader:
       self._note(Use.PRODUCT, flow.above)
     if len(names) > 1 and names & (_ROOTS | {'div'}):
       self._note(Use.DIVISOR, entries)
+    if op.name in _MOVES or self._graph.elementwise(op):
+      return self._element(op, x)
     # A norm is no value of one element any more.
-    return self._element(op, x) if op.name in _MOVES or self._graph.elementwise(op) else _Flow()
+    return _Flow(changes=flow.changes)
 
   def _element(self, op: _program.Op, x: list[_Flow]) -> _Flow:
     name = op.name
@@ -147,10 +151,21 @@ class _Reader:
     if name in ('max', 'min'):
       self._note(Use.MAXIMUM, self._maximum(op, x))
     flow = _joined(x[1:] if name == 'select_n' else x)
-    if name in ('add', 'add_any', 'sub') and all(each.all for each in x) and len(flow.all) > 1:
-      low, high = self._ranges[op.outputs[0]]
-      return flow if low >= 0 or high <= 0 else dataclasses.replace(flow, differs=flow.all)
+    if name in ('add', 'add_any', 'sub'):
+      # Sums over leaves start at zero.
+      terms = [each.changes for value, each in zip(op.inputs, x, strict=True) if not self._graph.is_literal(value)]
+      changes = flow.changes if all(terms) else frozenset()
+      flow = dataclasses.replace(flow, changes=changes | (self._changes(op) if name == 'sub' else frozenset()))
+      if all(each.all for each in x) and len(flow.all) > 1:
+        low, high = self._ranges[op.outputs[0]]
+        return flow if low >= 0 or high <= 0 else dataclasses.replace(flow, differs=flow.all)
     return flow
+
+  def _changes(self, op: _program.Op) -> set[int]:
+    """The entry that a difference is the change of: of the last gradient or parameter and the present one."""
+    new, old = (self._plan.inputs.get(self.source(value), (None, -1)) for value in op.inputs)
+    is_last = old[0] == 'state' and old[1] in self.uses and new[0] in ('gradient', 'param')
+    return {old[1]} if is_last and self._plan.inputs.get(self.source(self._plan.new[old[1]])) == new else set()
 
   def _inverts(self, op: _program.Op) -> bool:
     if op.name == 'pow':
@@ -159,6 +174,7 @@ class _Reader:
 
   def _root(self, flow: _Flow) -> None:
     self._note(Use.DIFFERENCE, flow.differs)
+    self._note(Use.CHANGE, flow.changes)
     self._note(Use.DEVIATION, flow.all & flow.squared)
     self._note(Use.DIVISOR, flow.all - flow.squared)
 

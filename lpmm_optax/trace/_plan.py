@@ -281,12 +281,22 @@ class Plan:
     return {leaf for what, leaf in found if what == 'gradient'}
 
 
-def plan_first_update(inner: optax.GradientTransformationExtraArgs, params: Params, state: InnerState) -> Plan:
-  """`plan_update` before any update, when extra arguments are not known; one that inner insists on is a scalar."""
+def plan_first_update(
+  inner: optax.GradientTransformationExtraArgs,
+  params: Params,
+  state: InnerState,
+  extra_args: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Plan:
+  """`plan_update` before any update, when extra arguments may not be known.
+
+  Of those that inner insists on, Optax's line searches take `grad`, a tree like the parameters, and `value_fn`, from
+  parameters to a scalar; any other is a scalar.
+  """
+  kinds = {'grad': params.tree(params.templates), 'value_fn': optax.tree.sum}
   missing: dict[str, Any] = {}
   while True:
     try:
-      return plan_update(inner, params, state, {}, placeholders=missing)
+      return plan_update(inner, params, state, extra_args, placeholders=missing)
     except Exception as error:
       message = str(error)
       names = re.findall(r"'(\w+)'", message) if 'required keyword-only argument' in message else []
@@ -297,16 +307,16 @@ def plan_first_update(inner: optax.GradientTransformationExtraArgs, params: Para
           'formats=...) does without if that is None, or names a Format for every field.'
         )
         raise
-      missing |= {name: jax.ShapeDtypeStruct((), jnp.float32) for name in names}
+      missing |= {name: kinds.get(name, jax.ShapeDtypeStruct((), jnp.float32)) for name in names}
 
 
 def plan_update(
   inner: optax.GradientTransformationExtraArgs,
   params: Params,
   state: InnerState,
-  extra_args: dict[str, Any],
+  extra_args: Mapping[str, Any],
   gradients: Any = None,
-  placeholders: Mapping[str, jax.ShapeDtypeStruct] = types.MappingProxyType({}),
+  placeholders: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Plan:
   """Traces `inner.update` and cuts it into the leaves' programs and the outer part.
 
@@ -316,7 +326,7 @@ def plan_update(
     state: of inner, of whose arrays shapes and dtypes count.
     extra_args: passed on; arrays in them are shared by all leaves.
     gradients: dense templates by leaf, for the manual axes along which they vary; None is those of the parameters.
-    placeholders: extra arguments of which only shapes are known.
+    placeholders: extra arguments of which only shapes are known, and functions in their place.
 
   Raises:
     ValueError: if inner returns updates or a state of another structure than it got.
@@ -325,13 +335,14 @@ def plan_update(
   entries = state.entries
   like_state = state.treedef.unflatten([_mesh.template(_array.stored(x).codes, x.dtype) for x in state.arrays])
   like_gradients = like_params if gradients is None else params.tree(gradients)
+  functions = {name: x for name, x in placeholders.items() if callable(x)}
   graph, (updates, new_state) = _explained(
     'update',
-    lambda g, s, p, extra: inner.update(g, s, p, **extra_args, **extra),
+    lambda g, s, p, extra: inner.update(g, s, p, **extra_args, **functions, **extra),
     like_gradients,
     like_state,
     like_params,
-    dict(placeholders),
+    {name: x for name, x in placeholders.items() if name not in functions},
   )
   for what, got, expected in (('updates', updates, like_params), ('a state', new_state, like_state)):
     got_treedef: Any = jax.tree.structure(got)

@@ -37,6 +37,8 @@ class Use(enum.Enum):
   """What an inner transformation may do with an entry of its state."""
 
   DIFFERENCE = _Demand('a root or quotient is taken of its difference from another field', True, True, True)
+  # As of L-BFGS's last parameters and gradients, of whose changes it has products.
+  CHANGE = _Demand('a root or quotient is taken of what it changes by in a step', True, True, True)
   DECOMPOSITION = _Demand('a matrix of it is decomposed or solved', True, True, True)
   # Errors have full rank, which a matrix need not have. Muon gives each of its directions unit size.
   PRODUCT = _Demand('it is multiplied as a matrix', False, True, True)

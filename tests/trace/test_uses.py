@@ -91,6 +91,15 @@ def normalized(_, g, m):
   return m / jnp.sqrt(jnp.vdot(m, m) + 1e-8), m
 
 
+def secant(_, g, last):
+  change = g - last
+  return g * jnp.vdot(change, g) / jnp.sum(change * change), g
+
+
+def foreseen(_, g, last):
+  return 2 * g - last, g
+
+
 def multiplied(_, g, rate, m):
   rate = jnp.clip(rate * jnp.where(g * m > 0, 1.2, 0.5), 1e-6, 1.0)
   m = average(m, g)
@@ -110,6 +119,8 @@ KINDS = {
   'rotated and divided': (rotated, ('m', 'v'), {'m': 'int16', 'v': 'uint8_sqrt'}, 'multiplied as a matrix'),
   'in a loop': (orthogonal, ('m',), {'m': 'int16'}, 'multiplied as a matrix'),
   'divided by its norm': (normalized, ('m',), {'m': 'int8'}, 'nothing'),
+  'change of a gradient': (secant, ('last',), {'last': DENSE}, 'what it changes by'),
+  'change of a gradient, not divided by': (foreseen, ('last',), {'last': 'int8'}, 'nothing'),
   'rates': (multiplied, ('rate', 'm'), {'rate': 'bfloat16', 'm': 'int8'}, 'proportional'),
 }
 
