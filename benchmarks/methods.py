@@ -70,7 +70,7 @@ def our_sgdm(formats=lpmm.INT8, error_feedback=True):
 
 def our_velocity(rate, decay, key):
   """What `our_sgdm` is but for its feedback."""
-  return lpmm.low_precision(optax_velocity(rate, decay, key), formats=lpmm.INT8, key=key)
+  return lpmm.low_precision(optax_velocity(rate, decay, key), formats=lpmm.INT8, error_feedback=False, key=key)
 
 
 def our_adamw(error_feedback=True, formats='default'):
@@ -184,6 +184,22 @@ class Simulated(lpmm.Format):
     return self.random_bits
 
 
+@dataclasses.dataclass(frozen=True)
+class Narrow(lpmm.Format):
+  """A format of fewer bits than its codes are stored in: what it would do, not what it would take.
+
+  Attributes:
+    code_bits: of a code.
+  """
+
+  code_bits: int = 8
+
+  @property
+  def max_code(self) -> int:
+    """The largest code."""
+    return 2 ** (self.code_bits - 1) - 1
+
+
 class Point(NamedTuple):
   """What is run at one place of the axis: a method, microbatches, and settings in which the task differs."""
 
@@ -253,6 +269,19 @@ for _base in BASES.values():
   for _bits in set(RANDOM_BITS) - {PRESET_RANDOM_BITS}:
     _format = Simulated(random_bits=_bits)
     VARIANTS[random_bits(_base, _bits)] = with_params(_base, _format, f'parameters rounded with {_bits} random bits')
+
+
+def split_bits(params: int) -> Method:
+  """Lion with so many bits per parameter, and the rest of 16 per momentum."""
+  momentum = Narrow(bits=8, code_bits=16 - params, block_size=32 if params == 12 else None)
+  summary = f'{params}-bit parameters, {16 - params}-bit momentum, simulated'
+  return METHODS['lion-8']._replace(
+    params=Narrow(bits=16, code_bits=params), make_tx=our_lion(momentum), summary=summary
+  )
+
+
+SPLITS = (9, 10, 12)
+VARIANTS |= {f'lion-{bits}/{16 - bits}': split_bits(bits) for bits in SPLITS}
 
 
 def fewer_updates(method: str, microbatches: int) -> Point:
@@ -325,6 +354,15 @@ ABLATIONS = {
       }
     },
     ordered=False,
+  ),
+  'lion-bits': Ablation(
+    'chars-finetune',
+    "how 16 bits are split between Lion's parameters and momentum",
+    'bits of a parameter and of its momentum',
+    {
+      'stochastic alone': {'8/8': Point('lion-8')}
+      | {f'{bits}/{16 - bits}': Point(f'lion-{bits}/{16 - bits}') for bits in SPLITS}
+    },
   ),
   'microbatches': Ablation(
     'chars',

@@ -198,7 +198,8 @@ def run(
       params, state, total = carry
       drawn = jax.random.fold_in(key, i)
       loss, gradient = task.loss(lpmm.dequantize(params), i, drawn, count)
-      extra = {'value': loss, 'grad': gradient, 'value_fn': lambda x: task.loss(x, i, drawn, count)[0]}
+      value_fn = lambda x: task.loss(x, i, drawn, count)[0]
+      extra = {'value': loss, 'grad': gradient, 'value_fn': value_fn, 'obj_fn': value_fn}
       if is_ours:
         params, state = lpmm.step(tx, gradient, params, state, **extra)
       else:
@@ -256,13 +257,16 @@ def cell(value: float | None) -> str:
 
 def table(runs: list[dict[str, Any]]) -> Iterator[str]:
   """In Markdown."""
-  columns = [(task, method) for task in TASKS for method in METHODS if method != 'float32']
-  yield '| optimizer | ' + ' | '.join(f'{task}, {method}' for task, method in columns) + ' |'
-  yield '|---' * (len(columns) + 1) + '|'
+  columns = ('default', 'no feedback', 'state alone')
+  yield '| optimizer | ' + ' | '.join(f'{task}, {column}' for task in TASKS for column in columns) + ' |'
+  yield '|---' * (len(TASKS) * len(columns) + 1) + '|'
   for name in sorted({r['optimizer'] for r in runs}):
-    ratios = [ratio(runs, name, *column) for column in columns]
-    if any(x is not None for x in ratios):
-      yield f'| `{name}` | ' + ' | '.join(map(cell, ratios)) + ' |'
+    cells = []
+    for task in TASKS:
+      plain, feedback, state = (ratio(runs, name, task, method) for method in ('8 bits', 'feedback', 'state alone'))
+      cells += [plain, None, state] if feedback is None else [feedback, plain, state]
+    if any(x is not None for x in cells):
+      yield f'| `{name}` | ' + ' | '.join(map(cell, cells)) + ' |'
   failed = {r['optimizer']: r['error'] for r in runs if 'error' in r and r['method'] != 'feedback'}
   if failed:
     yield from ('', 'These could not be run as the others are:', '')

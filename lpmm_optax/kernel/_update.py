@@ -78,6 +78,7 @@ class _Values(NamedTuple):
   """The small arrays that all tiles of a leaf share."""
 
   words: jax.Array
+  turn: jax.Array | None
   weight: jax.Array | None
   scalars: list[jax.Array]
   hyperparams: dict[str, jax.Array]
@@ -97,6 +98,7 @@ def update_leaf(
   scalars: Sequence[jax.Array] = (),
   hyperparams: dict[str, jax.Array] | None = None,
   start: Sequence[jax.Array] = (),
+  turn: jax.Array | None = None,
 ) -> tuple[Any, list[Any]]:
   """One leaf's update.
 
@@ -111,6 +113,7 @@ def update_leaf(
     scalars: of the program.
     hyperparams: scalars of the correction.
     start: int32[] per leading axis of `static.shape` that the target lacks, its index there.
+    turn: uint32[], what is added to the random bits of the target, if anything.
 
   Returns:
     (new target or delta, new fields).
@@ -125,13 +128,14 @@ def update_leaf(
   squared = any(_array.is_quantized(field) and field.format.grid == 'sqrt' for field in fields)
   arrays = [_array.stored(leaf) for leaf in slots]
   words = _random.of_shard(words, static.shard_axes | _mesh.varying_axes(arrays, gradient.stored()))
-  shared = _Values(words, gradient.weight, list(scalars), hyperparams, list(start))
+  shared = _Values(words, turn, gradient.weight, list(scalars), hyperparams, list(start))
 
   def stages(view, values, zero):
     target_codec, *codecs = (_array.codec_of(leaf, view) for leaf in slots)
 
     def bits(slot, coordinates):
-      return _array.random_bits(slots[slot], values.words[slot], view, static.shape, coordinates, values.start)
+      drawn = _array.random_bits(slots[slot], values.words[slot], view, static.shape, coordinates, values.start)
+      return drawn if drawn is None or slot or values.turn is None else drawn + values.turn
 
     def compute(reads, value, old_fields):
       """The wanted delta, the wanted fields, and more for the correction."""

@@ -152,17 +152,16 @@ class ThroughProgram:
     error: jax.Array,
     grid: _update.Grid,
     hyper: dict[str, jax.Array],
-    per_move: jax.Array,
+    move: jax.Array,
     gain: jax.Array,
   ) -> dict[str, jax.Array]:
     del hyper
-    size = jnp.abs(per_move)
-    inverse = jnp.where(size > 0, 1 / size, 0.0)
+    size = jnp.abs(move)
     largest = lambda x: grid.largest(jnp.where(jnp.isfinite(x), jnp.broadcast_to(x, error.shape), 0.0))
     # The part of an error that is fed back does not depend on the error, which so stays zero in the mean.
-    reach = jnp.minimum(_LARGEST_MOVE * largest(gain * inverse), _LARGEST_CHANGE * largest(gain) * inverse)
+    reach = jnp.minimum(_LARGEST_MOVE * largest(gain * size), _LARGEST_CHANGE * largest(gain) * size)
     least_step = jnp.maximum(grid.step, jnp.finfo(grid.step.dtype).tiny)
     part = jnp.minimum(reach * (1 / least_step), 1.0)
     momentum = fields[self.field]
-    corrected = momentum + error * part * per_move
+    corrected = momentum + error * part / move
     return fields | {self.field: jnp.where(jnp.isfinite(corrected), corrected, momentum)}

@@ -29,7 +29,7 @@ def lion(
 
   This is `optax.lion`, whose arguments it takes, rounded once per step: with dense parameters and ``formats=None`` it
   equals it. The momentum (state field ``'mu'``) is kept in `INT8`. Rounding errors of the parameters are not fed back:
-  the update is a sign, which forgets by how much.
+  the update is a sign, which forgets by how much. Their thresholds are spread evenly over the steps instead.
 
   Args:
     learning_rate: a scalar, or a schedule of the step count.

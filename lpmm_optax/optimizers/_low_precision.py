@@ -65,7 +65,7 @@ def low_precision(
   inner: optax.GradientTransformation,
   *,
   formats: _field_formats.Formats = 'default',
-  error_feedback: bool | None = False,
+  error_feedback: bool | None = None,
   key: jax.Array | None = None,
   tile_size: int | None = None,
   shard_axes: Sequence[str] = (),
@@ -87,8 +87,9 @@ def low_precision(
     inner: the transformation. It sees float32 arrays, one per parameter (float64 for float64 ones).
     formats: how state is stored. 'default' chooses for each field the smallest format that holds what `inner` does with
       it: 8 bits, on a square-root grid for what never turns negative; `INT16` for a slow average and for what is
-      multiplied as a matrix; `BFLOAT16` for a divisor that may turn negative, for what is divided by a field in
-      `BFLOAT16` or dense, for a maximum over all steps; none where a root is taken of a difference of two fields.
+      multiplied as a matrix; `BFLOAT16` for a divisor that may turn negative or is a slow average, for what is divided
+      by a field in `BFLOAT16` or dense, for a maximum over all steps; none where a root or quotient is taken of a
+      difference of two fields, or of what a field changes by.
       `memory_report` says which, and why. Decays and rates are taken to lie between 0 and 1, and decays that follow
       from the step as they are late in training; one that comes from elsewhere is not known, and not taken for slow.
       One Format is for every field, on the grid it needs: fields that are never negative take `UINT8_SQRT` for `INT8`
@@ -100,8 +101,8 @@ def low_precision(
       by one factor between 0 and 1, in a format with stochastic rounding, and that the update depends on
       differentiably. With the decay b and the update's derivative s by the momentum, both of the program that `inner`
       was traced to, an error e is e (1 - b) / s there, so that it comes back over the following steps. It is bounded
-      by what gradients do (`docs/theory.md`). False for stochastic rounding alone, None for feedback wherever there
-      is a momentum and the update is elementwise, True to insist.
+      by what gradients do (`docs/theory.md`). None for feedback wherever there is a momentum and the update is
+      elementwise, False for stochastic rounding alone, True to insist.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: manual mesh axes over which parameters are sharded, so that every shard rounds with bits of its own, in
@@ -342,6 +343,7 @@ class LowPrecision:
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     keys = [structure.keys[i] for i in structure.active]
     words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
+    steady = words.at[:, 0].set(_random.steady_words(own.key, keys))
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
     names = ['' if e < foreign else entry.field for e, entry in enumerate(state.entries)]
@@ -353,6 +355,7 @@ class LowPrecision:
       plan,
       names,
       dict(zip(structure.active, words, strict=True)),
+      dict(zip(structure.active, steady, strict=True)),
       _program.runtime_zero(step),
       self.feedback,
       self.feedback.hyperparams(step, own.inner_state) if self.feedback else {},
@@ -379,7 +382,7 @@ class LowPrecision:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=('words', 'zero', 'reads', 'scalars', 'hyperparams'),
+  data_fields=('words', 'zero', 'reads', 'scalars', 'hyperparams', 'turn'),
   meta_fields=('path', 'static'),
 )
 @dataclasses.dataclass(frozen=True)
@@ -394,6 +397,7 @@ class LeafStep:
     reads: dense arrays of the leaf's shape.
     scalars: of the program.
     hyperparams: of the feedback.
+    turn: uint32[], what the leaf's own random bits turn by, or None.
   """
 
   path: str
@@ -403,6 +407,7 @@ class LeafStep:
   reads: list[jax.Array] = dataclasses.field(default_factory=list)
   scalars: list[jax.Array] = dataclasses.field(default_factory=list)
   hyperparams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+  turn: jax.Array | None = None
 
   def of_use(self, use: jax.Array) -> 'LeafStep':
     """The same for one more use of the leaf in a microbatch, int32[]: with other random bits."""
@@ -416,7 +421,7 @@ class LeafStep:
     if any(_array.is_quantized(x) for x in (target, *fields)):
       values = jax.tree.map(functools.partial(_without_derivative, self.path), values)
     gradient, reads, scalars = values
-    arrays = gradient, target, self.words, self.zero, fields, reads, scalars, self.hyperparams, start
+    arrays = gradient, target, self.words, self.zero, fields, reads, scalars, self.hyperparams, start, self.turn
     return _update.follow(self.static, _array.stored(target).codes, *arrays)
 
 
@@ -432,6 +437,7 @@ class PlannedStep:
     plan: of the update.
     names: of the entries, empty for those of what precedes the optimizer.
     words: uint32[slots, 2] per leaf.
+    steady: the same, but for the parameter's, which does not change.
     zero: uint32[], zero at run time.
     feedback: of rounding errors, or None.
     hyperparams: of the feedback.
@@ -447,6 +453,7 @@ class PlannedStep:
   plan: _plan.Plan
   names: list[str]
   words: dict[int, jax.Array]
+  steady: dict[int, jax.Array]
   zero: jax.Array
   feedback: _feedback.Feedback | _feedback.Found | None
   hyperparams: dict[str, jax.Array]
@@ -493,7 +500,9 @@ class PlannedStep:
       leaf.is_difference,
     )
     reads, scalars = [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
-    return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams if correct else {})
+    if correct is None:
+      return LeafStep(path, static, self.steady[i], self.zero, reads, scalars, turn=_random.turn(self.own.step))
+    return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams)
 
   def finish(
     self, new: Mapping[int, tuple[Any, list[Any]]], outer: Mapping[int, jax.Array], rest: list[Any]

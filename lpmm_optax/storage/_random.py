@@ -71,6 +71,27 @@ def words(
   return jex_random.threefry_2x32(key, jnp.asarray(halves).reshape(-1)).reshape(2, len(paths), slots).transpose(1, 2, 0)
 
 
+def steady_words(key: jax.Array, paths: Sequence[Sequence[Any]]) -> jax.Array:
+  """The words, uint32[len(paths), 2], of what is rounded with the same bits in every step, but for their `turn`.
+
+  Args:
+    key: uint32[2], from `raw_key`.
+    paths: as in `words`.
+  """
+  halves = np.frombuffer(b''.join(_digest(path, 0) for path in paths), dtype='<u4').reshape(-1, 2).T.astype(np.uint32)
+  low, high = jnp.asarray(halves)
+  return jnp.stack([random_bits(key, (low ^ jnp.uint32(half), high)) for half in (1, 2)], axis=-1)
+
+
+def turn(step: jax.Array) -> jax.Array:
+  """What is added to the same bits in each step, uint32[]: multiples of the golden ratio, modulo one.
+
+  So thresholds are a Weyl sequence, of which any run of steps is spread evenly: an element that has to move by p grid
+  steps in each step of the optimizer does so once in every 1 / p steps or so, rather than with that probability.
+  """
+  return step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+
+
 def _derive(word: jax.Array, number: jax.Array, what: int) -> jax.Array:
   index = lambda half: (number.astype(jnp.uint32), jnp.uint32(2 * what + half))
   return jnp.stack([random_bits(word, index(half)) for half in (1, 2)])

@@ -303,9 +303,13 @@ def find(init: _program.Graph, plan: _plan.Plan) -> Uses:
       # It has the parameter's own codes, for ever.
       uses.clear()
       reader.divisors[e].clear()
-    # Averages of what has one sign do not become small, nor do their errors count against anything smaller.
-    elif not (is_constant or e in nonnegative or e in copies or Use.DIVISOR in uses):
-      uses |= {Use.SLOW_AVERAGE} if reader.decay(e, numbers.number) > _SLOWEST_IN_8_BITS else set()
+    elif not (is_constant or e in copies):
+      decay = reader.decay(e, numbers.number)
+      # Averages of what has one sign do not become small, nor do errors count against anything smaller. Sums grow.
+      if e in nonnegative or Use.DIVISOR in uses:
+        uses |= {Use.SLOW_DIVISOR} if Use.DIVISOR in uses and _SLOWEST_IN_8_BITS < decay < 1 else set()
+      elif decay > _SLOWEST_IN_8_BITS:
+        uses.add(Use.SLOW_AVERAGE)
   return Uses(plan.entries, nonnegative, copies, reader.uses, reader.divisors)
 
 

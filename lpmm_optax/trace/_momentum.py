@@ -21,9 +21,9 @@ from lpmm_optax.trace import _program
 class Linearized:
   """A leaf's program that tells, after its results, what becomes of a change of one of its fields, a momentum.
 
-  It gives (delta, *fields, per_move, gain). The first is what has to be added to the new momentum per unit that the
-  parameter is to move by it in all, (1 - b) / s, or zero where nothing moves it, and where no gradient has come; the
-  second what increments like the present one amount to, |i| / (1 - b).
+  It gives (delta, *fields, move, gain). The first is how far the parameter moves in all per unit that is added to the
+  new momentum, s / (1 - b), or zero where it is not known, and where no gradient has come; the second what increments
+  like the present one amount to, |i| / (1 - b).
 
   Attributes:
     program: gives (delta, *fields) from (gradient, parameter, *fields, *rest).
@@ -42,12 +42,13 @@ class Linearized:
     return results, by_field[0], by_field[1 + self.field]
 
   def __call__(self, *arguments: Any) -> list[jax.Array]:
-    results, by_field, decay = self.derivatives(*arguments)
+    results, by_field, _ = self.derivatives(*arguments)
+    # One for all elements, and so that of an element of zeros, which is a scalar.
+    decay = self.derivatives(*(jnp.zeros((), x.dtype) if jnp.ndim(x) else x for x in arguments))[2]
+    per_rest = jnp.where((decay > 0) & (decay < 1), 1 / (1 - decay), 0.0)
     increment = results[1 + self.field] - decay * arguments[2 + self.field].astype(decay.dtype)
-    is_usable = (decay > 0) & (decay < 1) & (by_field != 0) & (increment != 0)
-    rest = jnp.where(is_usable, 1 - decay, 1.0).astype(by_field.dtype)
-    per_move = jnp.where(is_usable, rest / by_field, 0.0)
-    return [*results, per_move, jnp.abs(increment.astype(rest.dtype)) * (1 / rest)]
+    move = jnp.where(increment != 0, by_field * per_rest, 0.0)
+    return [*results, move, jnp.abs(increment) * per_rest]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -290,9 +290,9 @@ def plan_first_update(
   """`plan_update` before any update, when extra arguments may not be known.
 
   Of those that inner insists on, Optax's line searches take `grad`, a tree like the parameters, and `value_fn`, from
-  parameters to a scalar; any other is a scalar.
+  parameters to a scalar, as Sophia takes `obj_fn`; any other is a scalar.
   """
-  kinds = {'grad': params.tree(params.templates), 'value_fn': optax.tree.sum}
+  kinds = {'grad': params.tree(params.templates), 'value_fn': optax.tree.sum, 'obj_fn': optax.tree.sum}
   missing: dict[str, Any] = {}
   while True:
     try:
@@ -300,6 +300,7 @@ def plan_first_update(
     except Exception as error:
       message = str(error)
       names = re.findall(r"'(\w+)'", message) if 'required keyword-only argument' in message else []
+      names += re.findall(r'^(\w+) must be provided', message)
       if not set(names) - set(missing):
         error.add_note(
           'init traces one update, to see which format suits which field. So it must be called where an update can be: '

@@ -73,12 +73,12 @@ def test_scales_of_trained_parameters_stay_put_too():
     params = new
 
 
-def rounding_variance(learning_rate, noise, momentum, relaxations, feedback, still_maxima=True):
+def rounding_variance(learning_rate, noise, momentum, relaxations, feedback, still_maxima=True, independent=False):
   """Mean square of what rounding adds to the weights of a quadratic, over its stationary time and all elements.
 
   Curvature 1, Gaussian gradient noise, a grid of step STEP, dense momentum. The problem is linear in the weights, so
   against exact SGD on the same noise the difference is driven by rounding alone. The largest element of each block has
-  no gradient, or has one like all others.
+  no gradient, or has one like all others. Thresholds of different steps are independent if each has a key of its own.
   """
   shape = (128, 256)
   pins = jnp.zeros(shape, bool).at[:, ::64].set(True)
@@ -96,6 +96,9 @@ def rounding_variance(learning_rate, noise, momentum, relaxations, feedback, sti
       rounded, ours_state, exact, sgd_state, total = carry
       random = noise * jax.random.normal(jax.random.fold_in(jax.random.key(2), i), shape)
       gradient = lambda w: jnp.where(pins & still_maxima, 0.0, w - optimum + random)
+      if independent:
+        key = jax.random.fold_in(jax.random.key(3), i)
+        ours_state = ours_state._replace(key=jax.random.bits(key, (2,), jnp.uint32))
       rounded, ours_state = lpmm.step(ours, gradient(lpmm.dequantize(rounded)), rounded, ours_state)
       exact, sgd_state = lpmm.step(sgd, gradient(exact), exact, sgd_state)
       square = jnp.mean((lpmm.dequantize(rounded) - exact) ** 2, where=~pins)
@@ -134,7 +137,7 @@ def expected_rounding_variance(learning_rate, noise, momentum):
 @pytest.mark.parametrize('learning_rate', [1e-3, *slow(1e-4)])
 def test_the_stationary_error_of_a_quadratic_matches_its_closed_form(learning_rate):
   b, s = 0.9, 1.0
-  measured, sigma = rounding_variance(learning_rate, s, b, relaxations=12, feedback=False)
+  measured, sigma = rounding_variance(learning_rate, s, b, relaxations=12, feedback=False, independent=True)
   expected = expected_rounding_variance(learning_rate, s, b)
   assert abs(measured - expected) < 4 * sigma * expected
   # The floor does not vanish with the learning rate. What its leading terms leave out is of the order of
@@ -144,10 +147,18 @@ def test_the_stationary_error_of_a_quadratic_matches_its_closed_form(learning_ra
   assert abs(measured - floor - second_order) < (5 * learning_rate / (1 - b) + 0.02) * floor
 
 
+# Updates of 0.3 and of 0.03 grid steps, whose sign lasts for ten optimizer steps.
+@pytest.mark.parametrize(('learning_rate', 'left'), [(1e-3, 0.30), *slow((1e-4, 0.41))])
+def test_thresholds_that_turn_add_less_than_independent_ones(learning_rate, left):
+  measured, _ = rounding_variance(learning_rate, 1.0, 0.9, relaxations=6, feedback=False)
+  expected = expected_rounding_variance(learning_rate, 1.0, 0.9)
+  assert abs(measured - left * expected) < 0.03 * expected
+
+
 @pytest.mark.slow
 def test_maxima_that_move_add_little_to_the_stationary_error():
   # Where each new maximum took a fresh scale, which rounds the whole block anew, this was 1.7 times the closed form.
-  measured, sigma = rounding_variance(1e-4, 1.0, 0.9, relaxations=6, feedback=False, still_maxima=False)
+  measured, sigma = rounding_variance(1e-4, 1.0, 0.9, 6, feedback=False, still_maxima=False, independent=True)
   expected = expected_rounding_variance(1e-4, 1.0, 0.9)
   # A scale grows with its maximum, by a few hundredths, and with it the floor.
   assert abs(measured - expected) < (0.1 + 4 * sigma) * expected
@@ -155,6 +166,6 @@ def test_maxima_that_move_add_little_to_the_stationary_error():
 
 @pytest.mark.slow
 def test_error_feedback_removes_most_of_the_stationary_error():
-  plain, _ = rounding_variance(1e-3, 1.0, 0.9, relaxations=12, feedback=False)
+  plain = expected_rounding_variance(1e-3, 1.0, 0.9)
   feedback, _ = rounding_variance(1e-3, 1.0, 0.9, relaxations=12, feedback=True)
   assert feedback < 0.15 * plain

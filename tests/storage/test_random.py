@@ -55,6 +55,28 @@ def test_uses_are_uncorrelated_with_one_another_and_the_first_keeps_the_word():
   assert np.max(np.abs(correlations)) < 5 / np.sqrt(bits.shape[1])
 
 
+def steady(*names, key=0):
+  return _random.steady_words(_random.raw_key(jax.random.key(key)), [(DictKey(name),) for name in names])
+
+
+def test_what_turns_is_uncorrelated_with_other_leaves_keys_and_what_is_drawn_anew():
+  n = 2**18
+  base, leaf = steady('w', 'v')
+  others = [leaf, steady('w', key=1)[0], words(['w'])[0, 0], words(['w'])[0, 1], _random.of_use(base, jnp.int32(1))]
+  values = np.stack([draw(word, n) for word in (base, *others)]) / 2.0**32 - 0.5
+  correlations = 12 * values @ values.T / n - np.eye(len(values))
+  assert np.max(np.abs(correlations)) < 5 / np.sqrt(n)
+
+
+def test_what_turns_is_spread_evenly_over_any_run_of_steps():
+  bits = draw(steady('w')[0], 2**12)
+  turns = np.asarray(_random.turn(jnp.arange(987, 987 + 100)))
+  above = np.sum((bits[:, None] + turns) / 2.0**32 >= 0.9, axis=1)
+  # Of independent ones, 10 with a deviation of 3.
+  assert np.min(above) >= 8
+  assert np.max(above) <= 12
+
+
 def test_a_slash_in_a_name_is_no_path():
   together, apart, other = words([['a/b'], ['a', 'b'], ['a', 'b/']])[:, 0]
   assert not np.array_equal(together, apart)

@@ -80,6 +80,14 @@ def rotated(_, g, m, v):
   return basis @ ((basis.T @ m) / (jnp.sqrt(v) + 1e-8)), m, v
 
 
+def scaled(decay):
+  def update(_, g, m, v):
+    m, v = average(m, g), average(v, g * g, decay)
+    return m / (jnp.sqrt(v) + 1e-8), m, v
+
+  return update
+
+
 def orthogonal(_, g, m):
   m = average(m, g)
   step = lambda x, _: (1.5 * x - 0.5 * x @ (x.T @ x), None)
@@ -114,6 +122,9 @@ KINDS = {
   'slow': (towards(lambda _: 0.9999), ('m',), {'m': 'int16'}, 'more than 1000 steps'),
   'not slow': (towards(lambda _: 0.999), ('m',), {'m': 'int8'}, 'nothing'),
   'slow in the end': (towards(warmed_up), ('m',), {'m': 'int16'}, 'more than 1000 steps'),
+  'slow divisor': (scaled(0.9999), ('m', 'v'), {'m': 'bfloat16', 'v': 'bfloat16'}, 'divided by, and averaged'),
+  'not slow divisor': (scaled(0.999), ('m', 'v'), {'m': 'int8', 'v': 'uint8_sqrt'}, 'nothing'),
+  'sum as a divisor': (scaled(1.0), ('m', 'v'), {'m': 'int8', 'v': 'uint8_sqrt'}, 'nothing'),
   'sum of eight': (every_eighth, ('total',), {'total': 'int8'}, 'nothing'),
   'decomposed': (whitened, ('left',), {'left': DENSE}, 'decomposed'),
   'rotated and divided': (rotated, ('m', 'v'), {'m': 'int16', 'v': 'uint8_sqrt'}, 'multiplied as a matrix'),

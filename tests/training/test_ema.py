@@ -33,7 +33,8 @@ def test_it_follows_the_average_in_float32_within_the_bound_on_its_noise(format,
   # A block of 64 of these reaches 2.4 standard deviations; 8192 elements tell the variance to a few per cent.
   grid_step = 2.4 / (2 ** (format.bits - 1) - 1)
   variance = min(grid_step * np.mean(distances[-20:]) / 2, grid_step**2 / (4 * (1 - float(d) ** 2)))
-  assert 0.5 * variance < float(jnp.mean(error**2)) < 1.1 * variance
+  # Thresholds that turn take a half of it away in 8 bits, where the average moves by a fifth of a step or so at a time.
+  assert 0.4 * variance < float(jnp.mean(error**2)) < 1.1 * variance
   assert abs(float(jnp.mean(error))) < 5 * np.sqrt(variance / error.size)
   np.testing.assert_allclose(state.average['b'], expected['b'], rtol=1e-5)
 
