@@ -97,8 +97,6 @@ WHOLE = {
     'reshape',
   ),
   'muon': (lambda: contrib.muon(0.01), {'mu': 'int16'}, 'reshape'),
-  # Its memory has another shape; the line search keeps a gradient.
-  'lbfgs': (lambda: optax.lbfgs(0.1, memory_size=2), {'grad': 'int8'}, 'reshape'),
 }  # fmt: skip
 
 ALL = {name: case[0] for name, case in (TILED | WHOLE).items()}

@@ -123,12 +123,12 @@ def adam(
   rises unforeseen, an injected one or that of another run, does no harm, the sum counts as a quarter of the parameter's
   grid step at least: no error changes a first moment by more than :math:`4 \sqrt{\hat v}`, and at rates under about a
   thirty-sixth of a grid step (with :math:`\beta_1 = 0.9`) feedback fades. With Nesterov momentum it is that of
-  `low_precision`. On a noisy quadratic it leaves less than a
-  fifth of what stochastic rounding alone adds to the loss (`tests/optimizers/test_adam.py`).
+  `low_precision`. On a noisy quadratic it leaves a third of what stochastic rounding alone adds to the loss
+  (`tests/optimizers/test_adam.py`).
 
   Moments take four bits, with ``formats={'nu': lpmm_optax.UINT4_SQRT}`` for the second alone, which costs little, or
-  ``formats=lpmm_optax.INT4`` for both: on that quadratic, a quarter and three quarters of what rounding adds are left
-  at most. The second moment then has a dispersion of a quarter, and none is under a 225th of the largest of its block:
+  ``formats=lpmm_optax.INT4`` for both: on that quadratic, feedback leaves a half of what rounding adds, and adds a tenth
+  to it. The second moment then has a dispersion of a quarter, and none is under a 225th of the largest of its block:
   small blocks serve both, ``lpmm_optax.Format(bits=4, block_size=32)``.
 
   Args:

@@ -245,11 +245,8 @@ def test_a_bad_gradient_stays_visible(make, bad):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Left of what rounding adds: .03 to .1 with moments in 8 bits, .16 with nu in 4; with both in 4, .58, or .46 in blocks
-# of 32, for errors that are fed back into a first moment of 4 bits are rounded there again.
-@pytest.mark.parametrize(
-  ('formats', 'left'), [('default', 0.2), *slow(({'nu': lpmm.UINT4_SQRT}, 0.25), (lpmm.INT4, 0.75))], ids=str
-)
+# Left of what rounding without it adds: .15 to .32 with moments in 8 bits, .43 with nu in 4.
+@pytest.mark.parametrize(('formats', 'left'), [('default', 0.4), *slow(({'nu': lpmm.UINT4_SQRT}, 0.5))], ids=str)
 @pytest.mark.parametrize(
   'rate', slow(1e-3, lambda i: 1e-3 * (0.5 + 0.5 * jnp.cos(jnp.pi * i / 1500))), ids=['flat', 'cosine']
 )

@@ -62,6 +62,30 @@ def test_it_is_the_same_optimizer_to_float_rounding_and_in_low_precision(name):
       assert np.isfinite(x).all()
 
 
+@pytest.mark.slow
+def test_a_line_search_gets_its_function():
+  curvature = jnp.exp(jax.random.normal(jax.random.key(0), (64, 128)))
+  loss = lambda x: jnp.sum(curvature * jnp.square(x - 1)) + jnp.sum(jnp.square(x - 1) ** 2)
+
+  def descended(tx, steps):
+    def body(carry, _):
+      x, state = carry
+      value, gradient = jax.value_and_grad(loss)(x)
+      return lpmm.step(tx, gradient, x, state, value=value, grad=gradient, value_fn=loss), value
+
+    start = jnp.zeros((64, 128))
+    return jax.jit(lambda: jax.lax.scan(body, (start, tx.init(start)), length=steps))()
+
+  tx = lpmm.low_precision(optax.lbfgs())
+  (_, theirs), losses = descended(optax.lbfgs(), 20)
+  (x, ours), low_precision = descended(tx, 20)
+  assert losses[-1] < 1e-3 * losses[0]
+  assert low_precision[-1] < 1e-3 * losses[0]
+  # With its last parameters and gradient in 8 bits it stood still.
+  dense = {row.group for row in lpmm.memory_report(x, ours, tx=tx).rows if row.format == 'float32'}
+  assert {'params', 'updates'} <= dense
+
+
 @pytest.mark.parametrize(
   'name',
   [
