@@ -66,6 +66,8 @@ METHODS = {
   'feedback': Method(lpmm.INT8, True, True),
   'state alone': Method(None, True),
 }
+# What is passed to an update; a line search takes nothing that it does not know.
+ARGUMENTS = {'lbfgs': ('value', 'grad', 'value_fn'), 'contrib.sophia': ('obj_fn',)}
 LOSES = 1.1
 
 
@@ -199,7 +201,8 @@ def run(
       drawn = jax.random.fold_in(key, i)
       loss, gradient = task.loss(lpmm.dequantize(params), i, drawn, count)
       value_fn = lambda x: task.loss(x, i, drawn, count)[0]
-      extra = {'value': loss, 'grad': gradient, 'value_fn': value_fn, 'obj_fn': value_fn}
+      known = {'value': loss, 'grad': gradient, 'value_fn': value_fn, 'obj_fn': value_fn}
+      extra = {argument: known[argument] for argument in ARGUMENTS.get(name, ('value',))}
       if is_ours:
         params, state = lpmm.step(tx, gradient, params, state, **extra)
       else:

@@ -127,9 +127,9 @@ def adam(
   (`tests/optimizers/test_adam.py`).
 
   Moments take four bits, with ``formats={'nu': lpmm_optax.UINT4_SQRT}`` for the second alone, which costs little, or
-  ``formats=lpmm_optax.INT4`` for both: on that quadratic, feedback leaves a half of what rounding adds, and adds a tenth
-  to it. The second moment then has a dispersion of a quarter, and none is under a 225th of the largest of its block:
-  small blocks serve both, ``lpmm_optax.Format(bits=4, block_size=32)``.
+  ``formats=lpmm_optax.INT4`` for both: on that quadratic, feedback leaves a half of what rounding adds, and adds a
+  tenth to it. The second moment then has a dispersion of a quarter, and none is under a 225th of the largest of its
+  block: small blocks serve both, ``lpmm_optax.Format(bits=4, block_size=32)``.
 
   Args:
     learning_rate: a scalar, or a schedule of the step count.

@@ -77,7 +77,7 @@ def test_a_line_search_gets_its_function():
     return jax.jit(lambda: jax.lax.scan(body, (start, tx.init(start)), length=steps))()
 
   tx = lpmm.low_precision(optax.lbfgs())
-  (_, theirs), losses = descended(optax.lbfgs(), 20)
+  _, losses = descended(optax.lbfgs(), 20)
   (x, ours), low_precision = descended(tx, 20)
   assert losses[-1] < 1e-3 * losses[0]
   assert low_precision[-1] < 1e-3 * losses[0]
