@@ -25,11 +25,14 @@ def test_optimizers_are_found_by_name():
 @pytest.mark.usefixtures('standard_promotion')
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_interrupted(tmp_path):
-  file = tmp_path / 'runs.jsonl'
-  optimizers.measure(file, ['contrib.prodigy'], 1, 20)
+  file, tasks = tmp_path / 'runs.jsonl', ['wide', 'low-rank']
+  measure = lambda: optimizers.measure(file, ['contrib.prodigy', 'lbfgs'], tasks, 2, 20, None)
+  measure()
   found = optimizers.read(file)
-  assert len(found) == len(optimizers.TASKS) * (len(optimizers.METHODS) - 1)  # It has no feedback.
-  assert all(0 < run['loss'] < 2 for run in found)
-  optimizers.measure(file, ['contrib.prodigy'], 1, 20)
+  assert len(found) == 2 * len(tasks) * len(optimizers.METHODS)
+  failed = [run for run in found if 'error' in run]
+  assert {run['method'] for run in failed} == {'feedback'}  # They have none.
+  assert all(0 < loss < 2 for run in found if run not in failed for loss in run['losses'])
+  measure()
   assert optimizers.read(file) == found
   assert '| `contrib.prodigy` |' in '\n'.join(optimizers.table(found))
