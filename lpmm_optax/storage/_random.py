@@ -45,6 +45,12 @@ def _digest(path: Sequence[Any], slot: int) -> bytes:
   return hashlib.blake2s(text, digest_size=8, salt=slot.to_bytes(8, 'little')).digest()
 
 
+def _halves(paths: Sequence[Sequence[Any]], slots: int) -> np.ndarray:
+  """The digests of all slots of all paths, uint32[2, len(paths) * slots]."""
+  digests = b''.join(_digest(path, slot) for path in paths for slot in range(slots))
+  return np.frombuffer(digests, dtype='<u4').reshape(-1, 2).T.astype(np.uint32)
+
+
 def words(
   key: jax.Array, domain: Domain, counts: Sequence[jax.Array], paths: Sequence[Sequence[Any]], slots: int
 ) -> jax.Array:
@@ -66,9 +72,8 @@ def words(
   numbers = [jnp.uint32(domain), *(count.astype(jnp.uint32) for count in counts), jnp.uint32(0)]
   for first, second in zip(numbers[::2], numbers[1::2], strict=False):
     key = jex_random.threefry_2x32(key, jnp.stack([first, second]))
-  digests = b''.join(_digest(path, slot) for path in paths for slot in range(slots))
-  halves = np.frombuffer(digests, dtype='<u4').reshape(-1, 2).T.astype(np.uint32)
-  return jex_random.threefry_2x32(key, jnp.asarray(halves).reshape(-1)).reshape(2, len(paths), slots).transpose(1, 2, 0)
+  halves = jnp.asarray(_halves(paths, slots)).reshape(-1)
+  return jex_random.threefry_2x32(key, halves).reshape(2, len(paths), slots).transpose(1, 2, 0)
 
 
 def steady_words(key: jax.Array, paths: Sequence[Sequence[Any]]) -> jax.Array:
@@ -78,8 +83,7 @@ def steady_words(key: jax.Array, paths: Sequence[Sequence[Any]]) -> jax.Array:
     key: uint32[2], from `raw_key`.
     paths: as in `words`.
   """
-  halves = np.frombuffer(b''.join(_digest(path, 0) for path in paths), dtype='<u4').reshape(-1, 2).T.astype(np.uint32)
-  low, high = jnp.asarray(halves)
+  low, high = jnp.asarray(_halves(paths, 1))
   return jnp.stack([random_bits(key, (low ^ jnp.uint32(half), high)) for half in (1, 2)], axis=-1)
 
 
