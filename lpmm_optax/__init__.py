@@ -15,9 +15,12 @@ from lpmm_optax.optimizers._transformation import InPlaceTransformation
 from lpmm_optax.state import _export as _export
 from lpmm_optax.state._convert import convert
 from lpmm_optax.state._outliers import OutlierReport
+from lpmm_optax.state._outliers import Outliers
 from lpmm_optax.state._outliers import outlier_report
 from lpmm_optax.state._report import MemoryReport
+from lpmm_optax.state._report import MemoryRow
 from lpmm_optax.state._report import memory_report
+from lpmm_optax.state._self_check import CheckRow
 from lpmm_optax.state._self_check import SelfCheck
 from lpmm_optax.state._self_check import self_check
 from lpmm_optax.state._shardings import shardings
@@ -63,6 +66,7 @@ __all__ = [
   'INTO_MOMENTUM',
   'UINT4_SQRT',
   'UINT8_SQRT',
+  'CheckRow',
   'ClipByPreviousNormState',
   'EagerStepWarning',
   'Ema',
@@ -72,9 +76,11 @@ __all__ = [
   'LayerwiseState',
   'LowPrecisionState',
   'MemoryReport',
+  'MemoryRow',
   'MultiSteps',
   'MultiStepsState',
   'OutlierReport',
+  'Outliers',
   'QuantizedArray',
   'SelfCheck',
   'Underflow',

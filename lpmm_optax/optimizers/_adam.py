@@ -20,6 +20,8 @@ _HORIZON = 128
 # By how much an error may change a first moment, in roots of the second. With 16, a rate that rises unforeseen from a
 # thirtieth of a grid step, thirty-fold, makes the loss of a quadratic ten times larger for a while; with 4, by a third.
 _LARGEST_CHANGE = 4.0
+# Of a first moment that takes errors.
+_LEAST_BITS = 4
 
 
 def _correct_first_moment(
@@ -36,7 +38,7 @@ def _correct_first_moment(
   return fields | {'mu': jnp.where(nu > 0, mu, 0.0)}
 
 
-def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
+def _first_moment_feedback(hyper: dict[str, Any], is_required: bool) -> _feedback.Feedback:
   r"""Puts a parameter's rounding error into the first moment.
 
   What is added to the first moment in step t, c, moves the parameter by :math:`-\eta_{t+k} \beta_1^k c /
@@ -70,7 +72,7 @@ def _first_moment_feedback(hyper: dict[str, Any]) -> _feedback.Feedback:
       'eps_root': jnp.asarray(hyper['eps_root'], float),
     }
 
-  return _feedback.Feedback(frozenset({'mu', 'nu'}), _correct_first_moment, hyperparams)
+  return _feedback.Feedback(('mu', 'nu'), _LEAST_BITS, is_required, _correct_first_moment, hyperparams)
 
 
 def _choose_feedback(
@@ -78,10 +80,11 @@ def _choose_feedback(
 ) -> _feedback.Feedback | _feedback.Found | None:
   """The feedback that the arguments ask for, after a check of `formats`."""
   _field_formats.check(formats, ('mu', 'nu'))
-  problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), least_bits=4)
+  problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), _LEAST_BITS)
   if not _feedback.decide(error_feedback, problem, formats, 'mu'):
     return None
-  return _feedback.Found(is_required=error_feedback is True) if nesterov else _first_moment_feedback(hyper)
+  is_required = error_feedback is True
+  return _feedback.Found(is_required) if nesterov else _first_moment_feedback(hyper, is_required)
 
 
 def _checked(learning_rate: optax.ScalarOrSchedule, **scalars: Any) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def adam(
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
 
   Raises:
-    ValueError: if error_feedback is True where it cannot work, or formats does not fit.
+    TypeError, ValueError: if formats, key or a hyperparameter does not fit, or error_feedback=True cannot work.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> target = jax.random.normal(jax.random.key(0), (64, 128))
@@ -220,7 +223,7 @@ def adamw(
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
 
   Raises:
-    ValueError: if error_feedback is True where it cannot work, or formats does not fit.
+    TypeError, ValueError: if formats, key or a hyperparameter does not fit, or error_feedback=True cannot work.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> params = lpmm.quantize({'kernel': jnp.ones((64, 128)), 'bias': jnp.ones(128)}, lpmm.INT8)

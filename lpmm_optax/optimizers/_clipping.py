@@ -27,7 +27,7 @@ def clip_by_previous_norm(max_norm: jax.typing.ArrayLike) -> optax.GradientTrans
   is there, can clip. It follows norms that stay large for some steps. It does not bound a single spike, and the step
   after one is short: where that matters, clip each element too (`optax.clip`), or accumulate gradients first, with
   `MultiSteps(chain(optax.clip_by_global_norm(c), ...), 1)`. The first step is not clipped; nor is the one after a
-  gradient that has a NaN.
+  gradient whose norm is not finite.
 
   Args:
     max_norm: c.
@@ -51,7 +51,8 @@ def clip_by_previous_norm(max_norm: jax.typing.ArrayLike) -> optax.GradientTrans
 
   def update(updates, state, params=None):
     del params
-    scale = jnp.where(state.norm > max_norm, max_norm / state.norm, 1.0)
+    is_large = jnp.isfinite(state.norm) & (state.norm > max_norm)
+    scale = jnp.where(is_large, max_norm / state.norm, 1.0)
     norm = optax.tree.norm(updates).astype(jnp.float32)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), ClipByPreviousNormState(norm)
 

@@ -47,7 +47,7 @@ def lion(
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
 
   Raises:
-    ValueError, TypeError: if formats does not fit.
+    TypeError, ValueError: if formats, key or a hyperparameter does not fit.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> params = lpmm.quantize(jnp.ones((64, 128)), lpmm.INT8)

@@ -98,11 +98,11 @@ def low_precision(
       Format or None) or a function of (path, leaf), for the fields it names, such as 'mu'; the others keep their
       defaults.
     error_feedback: whether the error of rounding a parameter goes into the momentum that moves it: a field that decays
-      by one factor between 0 and 1, in a format with stochastic rounding, and that the update depends on
-      differentiably. With the decay b and the update's derivative s by the momentum, both of the program that `inner`
-      was traced to, an error e is e (1 - b) / s there, so that it comes back over the following steps. It is bounded
-      by what gradients do (`docs/theory.md`). None for feedback wherever there is a momentum and the update is
-      elementwise, False for stochastic rounding alone, True to insist.
+      by one factor between 0 and 1, in a format of 8 bits or more with stochastic rounding, and that the update
+      depends on differentiably. With the decay b and the update's derivative s by the momentum, both of the program
+      that `inner` was traced to, an error e is e (1 - b) / s there, so that it comes back over the following steps. It
+      is bounded by what gradients do (`docs/theory.md`). None for feedback wherever there is such a momentum and the
+      update is elementwise, False for stochastic rounding alone, True to insist.
     key: a `jax.random` key that all rounding derives from; None is `jax.random.key(0)`.
     tile_size: elements updated at a time, a matter of speed and memory alone; None chooses by backend.
     shard_axes: manual mesh axes over which parameters are sharded, so that every shard rounds with bits of its own, in
@@ -257,7 +257,7 @@ class LowPrecision:
   def transformation(self) -> _transformation.InPlaceTransformation:
     """As it is used."""
     return _transformation.InPlaceTransformation(
-      self.init, self.update, self.step, optimizer=self, explain=self.explain
+      self.name, self.init, self.update, self.step, optimizer=self, explain=self.explain
     )
 
   def preceded_by(
@@ -367,8 +367,6 @@ class LowPrecision:
   def _advance(
     self, gradients: Any, params: Any, state: Any, in_place: bool, extra_args: dict[str, Any]
   ) -> tuple[Any, Any]:
-    if params is None:
-      raise ValueError(f'{self.name} needs the parameters: call update(gradients, state, params)')
     structure, leaves = _plan.flatten(params)
     by_leaf = _gradient.flatten(structure, gradients)
     planned = self.planned(structure, leaves, state, extra_args, by_leaf)

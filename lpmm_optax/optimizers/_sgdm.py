@@ -86,7 +86,7 @@ def _add_error(
   return fields | {'trace': velocity}
 
 
-def _velocity_feedback(momentum: Any, *, is_decayed: bool) -> _feedback.Feedback:
+def _velocity_feedback(momentum: Any, is_required: bool, *, is_decayed: bool) -> _feedback.Feedback:
   """What puts rounding errors into a velocity, or into one that is stored times its decay."""
 
   def hyperparams(step, inner_state):
@@ -104,7 +104,7 @@ def _velocity_feedback(momentum: Any, *, is_decayed: bool) -> _feedback.Feedback
     shrink = jnp.where(growth > _LARGEST_GROWTH, 1 - _LARGEST_GROWTH / growth, 0.0)
     return out | {'shrink': shrink, 'residue': jnp.ones(()) if is_decayed else 1 / jnp.maximum(last, 0.1)}
 
-  return _feedback.Feedback(frozenset({'trace'}), _add_error, hyperparams)
+  return _feedback.Feedback(('trace',), _feedback.LEAST_BITS, is_required, _add_error, hyperparams)
 
 
 def _states(state: Any, *types: type) -> list[Any]:
@@ -145,10 +145,15 @@ def _decayed(
 
 
 def _into_momentum(
-  learning_rate: optax.ScalarOrSchedule, momentum: Any, weight_decay: Any, error_feedback: bool, transform: Callable
+  learning_rate: optax.ScalarOrSchedule,
+  momentum: Any,
+  weight_decay: Any,
+  error_feedback: bool,
+  is_required: bool,
+  transform: Callable,
 ) -> _low_precision.IntoMomentum:
   """`sgdm` for `MultiSteps` with `INTO_MOMENTUM`, of what makes an inner transformation low-precision."""
-  feedback = _velocity_feedback(momentum, is_decayed=True) if error_feedback else None
+  feedback = _velocity_feedback(momentum, is_required, is_decayed=True) if error_feedback else None
   inner = _decayed(learning_rate, momentum, weight_decay, error_feedback)
   weight = lambda step: _hyperparams.current(learning_rate, step) if error_feedback else jnp.ones(())
   return _low_precision.IntoMomentum(transform(inner, feedback=feedback), 'trace', weight)
@@ -207,7 +212,7 @@ def sgdm(
     A transformation for `optax.apply_updates`, or, without a tree of updates, `lpmm_optax.step`.
 
   Raises:
-    ValueError: if error_feedback is True where it cannot work, or formats does not fit.
+    TypeError, ValueError: if formats, key or a hyperparameter does not fit, or error_feedback=True cannot work.
 
   >>> import jax, jax.numpy as jnp, optax, lpmm_optax as lpmm
   >>> target = jax.random.normal(jax.random.key(0), (64, 128))
@@ -237,7 +242,7 @@ def sgdm(
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
   _field_formats.check(formats, ('trace',))
   learning_rate = _hyperparams.checked('learning_rate', learning_rate)
-  problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), least_bits=8)
+  problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), _feedback.LEAST_BITS)
   is_required = error_feedback is True
   error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
   weight_decay = _hyperparams.check('weight_decay', weight_decay)
@@ -249,7 +254,7 @@ def sgdm(
   feedback: _feedback.Feedback | _feedback.Found | None = None
   if error_feedback and not nesterov:
     inner.append(_velocity(learning_rate, momentum))
-    feedback = _velocity_feedback(momentum, is_decayed=False)
+    feedback = _velocity_feedback(momentum, is_required, is_decayed=False)
   else:
     if has_trace:
       inner.append(optax.trace(momentum, nesterov))
@@ -260,5 +265,5 @@ def sgdm(
   )
   into_momentum = None
   if has_trace and not nesterov:
-    into_momentum = _into_momentum(learning_rate, momentum, weight_decay, error_feedback, transform)
+    into_momentum = _into_momentum(learning_rate, momentum, weight_decay, error_feedback, is_required, transform)
   return transform(optax.chain(*inner), feedback=feedback, into_momentum=into_momentum)

@@ -21,8 +21,9 @@ _eager_steps = itertools.count(1)
 _MOST_EAGER_STEPS = 10  # One or two are somebody trying something out.
 
 
-def _warn_of_eager_steps(gradients: Any) -> None:
-  if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(gradients)):
+def _warn_of_eager_steps(*trees: Any) -> None:
+  leaves = jax.tree.leaves(trees)
+  if not leaves or any(isinstance(x, jax.core.Tracer) for x in leaves):
     return
   if next(_eager_steps) == _MOST_EAGER_STEPS:
     warnings.warn(
@@ -48,14 +49,16 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
   _optimizer: Any
   _explain: Callable[..., 'Explanation']
 
-  def __new__(cls, init, update, step, *, optimizer=None, explain=None):
+  def __new__(cls, name, init, update, step, *, optimizer=None, explain=None):
     def sealed(updates, state, params=None, **extra_args):
-      _warn_of_eager_steps(updates)
+      if params is None:
+        raise ValueError(f'{name} needs the parameters: call update(gradients, state, params)')
+      _warn_of_eager_steps(updates, params, state)
       deltas, state = update(updates, state, params, **extra_args)
       return _array.seal(deltas, params), state
 
     def watched(gradients, params, state, **extra_args):
-      _warn_of_eager_steps(gradients)
+      _warn_of_eager_steps(gradients, params, state)
       return step(gradients, params, state, **extra_args)
 
     self = super().__new__(cls, init, sealed)
@@ -82,7 +85,7 @@ class InPlaceTransformation(optax.GradientTransformationExtraArgs):
     return _restore, (type(self), self.init, self.update, vars(self))
 
   def __init_subclass__(cls):
-    """So is it where one is an argument of `equinox.filter_jit`, which takes it apart as a pytree."""
+    """Registers a subclass as a node of pytrees, because `equinox.filter_jit` takes its arguments apart."""
     _register(cls)
 
 

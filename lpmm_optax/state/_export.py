@@ -7,10 +7,13 @@ from typing import Any
 import jax.export
 import jax.numpy as jnp
 
+from lpmm_optax.optimizers import _clipping
 from lpmm_optax.optimizers import _low_precision
+from lpmm_optax.optimizers import _sgdm
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _format
 from lpmm_optax.training import _ema
+from lpmm_optax.training import _layerwise
 from lpmm_optax.training import _multi_steps
 
 
@@ -30,5 +33,15 @@ jax.export.register_pytree_node_serialization(
   serialize_auxdata=_serialize,
   deserialize_auxdata=_deserialize,
 )
-for _state in (_low_precision.LowPrecisionState, _multi_steps.MultiStepsState, _ema.EmaState):
+STATES = (
+  _clipping.ClipByPreviousNormState,
+  _ema.EmaState,
+  _layerwise.LayerwiseState,
+  _low_precision.LowPrecisionState,
+  _multi_steps.MultiStepsState,
+  _sgdm.DecayedMomentumState,
+  _sgdm.DecayedVelocityState,
+  _sgdm.VelocityState,
+)
+for _state in STATES:
   jax.export.register_namedtuple_serialization(_state, serialized_name=f'lpmm_optax.{_state.__name__}')

@@ -1,5 +1,6 @@
 """`memory_report`: where the bytes of training go."""
 
+from collections.abc import Collection
 from collections.abc import Iterable
 import dataclasses
 from typing import Any
@@ -141,39 +142,42 @@ def _row(
   group: str,
   path: str,
   x: Any,
-  format: Format | None,
+  formats: Collection[Format],
   block_size: int,
   update: str | None = None,
   loops: dict[str, str] | None = None,
   reason: str | None = None,
 ) -> MemoryRow:
-  """One array's row; `format` is one that its group has, or None if all of it is dense."""
+  """One array's row; `formats` are those that its group has, none if all of it is dense."""
   exempt = None
-  if format is not None and not _array.is_quantized(x):
-    exempt = _format.exemption(x.shape, x.dtype, format.with_block_size(block_size)) or 'chosen by the caller'
+  if formats and not _array.is_quantized(x):
+    found = (_format.exemption(x.shape, x.dtype, format.with_block_size(block_size)) for format in formats)
+    exempt = next(filter(None, found), 'chosen by the caller')
   name = str(x.format) if _array.is_quantized(x) else jnp.dtype(x.dtype).name
   return MemoryRow(group, path, x.size, _array.count_bytes(x), name, exempt, update, loops or {}, reason)
 
 
 def _state_rows(
-  params: _plan.Params, state: Any, choices: dict[tuple[str, str], _field_formats.Choice]
+  params: _plan.Params, state: _plan.InnerState, choices: dict[tuple[str, str], _field_formats.Choice]
 ) -> tuple[list[MemoryRow], int]:
   """The rows of what belongs to parameters in an inner state, or any other; and the bytes of the rest."""
-  entries, arrays, _ = _plan.take_apart(params, state)
-  formats = {entry.field: x.format for entry, x in zip(entries, arrays, strict=True) if _array.is_quantized(x)}
+  items = list(zip(state.entries, state.arrays, strict=True))
+  formats: dict[str, dict[Format, None]] = {entry.field: {} for entry in state.entries}
+  for entry, x in items:
+    if _array.is_quantized(x):
+      formats[entry.field][x.format] = None
   rows, other = [], 0
-  for entry, x in zip(entries, arrays, strict=True):
+  for entry, x in items:
     if not hasattr(x, 'dtype'):
       continue  # A Python number takes nothing of the device.
     if entry.leaf is not None:
       path = params.paths[entry.leaf]
       choice = choices.get((entry.field, path))
       reason = choice.reason if choice and choice.format == _array.format_of(x) else None
-      usual = formats.get(entry.field)
-      rows.append(_row(entry.field, path, x, usual, _format.STATE_BLOCK_SIZE, reason=reason))
+      rows.append(_row(entry.field, path, x, formats[entry.field], _format.STATE_BLOCK_SIZE, reason=reason))
     elif entry.below is not None and jnp.issubdtype(x.dtype, jnp.floating):
       # Factors of a second moment, say: statistics of a parameter, but not of each of its elements.
-      rows.append(_row(entry.field, entry.below, x, None, _format.STATE_BLOCK_SIZE))
+      rows.append(_row(entry.field, entry.below, x, (), _format.STATE_BLOCK_SIZE))
     else:
       other += _array.count_bytes(x)
   return rows, other
@@ -221,7 +225,7 @@ def memory_report(
   updated in tiles: 2 parameters, 1049600 elements
   """
   structure, leaves = _plan.flatten(_array.unwrap(params))
-  formats = [leaf.format for leaf in leaves if _array.is_quantized(leaf)]
+  formats = dict.fromkeys(leaf.format for leaf in leaves if _array.is_quantized(leaf))
   updates: dict[str, str] = {}
   choices: dict[tuple[str, str], _field_formats.Choice] = {}
   if tx is not None:
@@ -232,15 +236,13 @@ def memory_report(
       path: f'whole, for {obstacles[path]}' if path in obstacles else _IN_TILES
       for path in (structure.paths[i] for i in structure.active)
     }
-  state = _array.unwrap(opt_state)
-  entries, arrays, _ = _plan.take_apart(structure, state)
+  state = _plan.take_apart(structure, _array.unwrap(opt_state))
   rows = []
   for i, (path, leaf) in enumerate(zip(structure.paths, leaves, strict=True)):
     update = updates.get(path)
-    own = [x for entry, x in zip(entries, arrays, strict=True) if entry.leaf == i and x.shape == leaf.shape]
+    own = [x for entry, x in zip(state.entries, state.arrays, strict=True) if entry.leaf == i]
     loops = _driver.without_kernel([leaf, *own]) if update == _IN_TILES else {}
-    format = formats[0] if formats else None
-    rows.append(_row('params', path, leaf, format, _format.PARAM_BLOCK_SIZE, update, loops))
+    rows.append(_row('params', path, leaf, formats, _format.PARAM_BLOCK_SIZE, update, loops))
   state_rows, other = _state_rows(structure, state, choices)
   parameters = sum(leaf.size for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
   return MemoryReport(tuple(rows + state_rows), parameters, other)

@@ -70,8 +70,8 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
   by_keys = {structure.keys[i]: i for i in of_param}
 
   def one(path: Any, x: Any) -> Any:
-    i = next((by_keys[path[k:]] for k in range(len(path) + 1) if path[k:] in by_keys), None)
-    own = everywhere if i is None or x.shape != leaves[i].shape else of_param[i]
+    found = _plan.find_parameter(path, by_keys)
+    own = of_param[found[2]] if found and x.shape == leaves[found[2]].shape else everywhere
     if not _array.is_quantized(x):
       return own
     return jax.tree.map(lambda part: _mesh.reshard_for(own, part.shape), x)

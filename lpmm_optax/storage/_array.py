@@ -27,7 +27,7 @@ Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray(metaclass=_refusal.Explained):
   """An array stored as integer codes and block scales.
 
@@ -111,6 +111,13 @@ class QuantizedArray(metaclass=_refusal.Explained):
       'evaluation too; a transformation of gradients that looks at parameters goes into lpmm_optax.chain, and an '
       'optimizer of Optax into lpmm_optax.low_precision'
     )
+
+  def __eq__(self, other: object) -> bool:
+    """Of what has been mapped over it (dtypes, shardings); arrays have no equality that is one truth value."""
+    if hasattr(self.codes, '__array__'):
+      raise _refusal.NotAnArrayError(self.explain('=='))
+    parts = lambda x: (x.codes, x.scales, x.format, x.dtype, x.blocks)
+    return isinstance(other, QuantizedArray) and parts(self) == parts(other)
 
   def __jax_array__(self) -> Any:
     raise _refusal.NotAnArrayError(self.explain('jax.numpy'))

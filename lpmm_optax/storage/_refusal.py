@@ -10,7 +10,9 @@ import jax
 _BINARY = (
   'add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'divmod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift',
 )
-_UNARY = ('neg', 'pos', 'abs', 'invert', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int', 'complex')
+_WITHOUT_REFLECTION = (
+  'neg', 'pos', 'abs', 'invert', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int', 'complex',
+)
 ATTRIBUTES = (
   'T', 'mT', 'at', 'astype', 'reshape', 'ravel', 'flatten', 'transpose', 'squeeze', 'real', 'imag', 'sum', 'mean',
   'std', 'var', 'min', 'max', 'prod', 'dot', 'item', 'tolist', 'copy', 'clip', 'round',
@@ -40,7 +42,9 @@ def refuse_array_operations(cls: type, attributes: Sequence[str] = ()) -> None:
 
     return refuse
 
-  special = {f'__{name}__' for name in (*_BINARY, *(f'r{name}' for name in _BINARY), *_UNARY)} - set(vars(cls))
+  special = {f'__{name}__' for name in (*_BINARY, *(f'r{name}' for name in _BINARY), *_WITHOUT_REFLECTION)} - set(
+    vars(cls)
+  )
   for name in special:
     setattr(cls, name, refusing(name))
   for name in attributes:

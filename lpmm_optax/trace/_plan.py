@@ -112,7 +112,7 @@ def owned(entries: Sequence[Entry]) -> dict[int, int]:
   return {e: entry.leaf for e, entry in enumerate(entries) if entry.leaf is not None}
 
 
-def _find_parameter(path: Any, by_keys: dict[Any, int]) -> tuple[int, int, int] | None:
+def find_parameter(path: Any, by_keys: dict[Any, int]) -> tuple[int, int, int] | None:
   """(start, end, leaf): where a parameter's whole path stands in that of an array of the state, the latest and longest.
 
   It ends the array's path, for state trees are made like the parameters; or the array is kept below it, where every
@@ -132,7 +132,7 @@ def take_apart(params: Params, state: Any) -> InnerState:
   items, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=_array.is_quantized)
   entries = []
   for path, x in items:
-    start, end, leaf = _find_parameter(path, by_keys) or (len(path), len(path), None)
+    start, end, leaf = find_parameter(path, by_keys) or (len(path), len(path), None)
     names = [str(getattr(key, 'name', getattr(key, 'key', ''))) for key in (*path[:start], *path[end:])]
     field = next((name for name in reversed(names) if name and not name.isdigit()), 'state')
     below = None if leaf is None else params.paths[leaf]
@@ -156,7 +156,7 @@ def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
     error.add_note(
       f'lpmm_optax was tracing {inner_method} of the inner transformation, to which parameters are dense arrays, one '
       'per leaf. Its state must be arrays; a mask or label tree must have one entry per parameter (make it with '
-      'is_leaf=lpmm_optax.is_quantized, or pass a function), or wrap with optax.masked or optax.partition outside.'
+      'is_leaf=lpmm_optax.is_quantized, or pass a function), or go around with lpmm_optax.masked or partition.'
     )
     raise
 

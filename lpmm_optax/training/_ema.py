@@ -12,6 +12,7 @@ import optax
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
+from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _format
 from lpmm_optax.storage._format import Format
 from lpmm_optax.trace import _plan
@@ -57,7 +58,7 @@ def ema(
 
   Args:
     decay: d, or a function of the number of updates so far.
-    format: of the average, where parameters are quantized; dense ones have a dense average. Rounding adds noise of a
+    format: of the average, where parameters are quantized; that of dense ones is in float32. Rounding adds noise of a
       variance of at most :math:`\delta\,E|w - a| / 2` and :math:`\delta^2 / (4 (1 - d^2))`, where :math:`\delta` is the
       average's grid step. In 8 bits that is more than the average takes away, unless parameters move by less than a
       grid step.
@@ -89,14 +90,21 @@ def ema(
     raise ValueError(f'{format} stores nonnegative values only, and parameters have signs')
   stored_as = format.with_block_size(_format.PARAM_BLOCK_SIZE)
   rate = (lambda count: 1 - decay(count)) if callable(decay) else (lambda count: 1 - decay)
-  difference = optax.stateless(lambda params, average: jax.tree.map(jnp.subtract, params, average))
+  subtract = lambda x, average: x.astype(average.dtype) - average
+  difference = optax.stateless(lambda params, average: jax.tree.map(subtract, params, average))
   tx = _low_precision.low_precision(
     optax.chain(difference, optax.scale_by_schedule(rate)), key=key, tile_size=tile_size, shard_axes=shard_axes
   )
 
   def init(params):
     params = _array.unwrap(params)
-    copy = lambda x: _array.encode(x.dense(), stored_as, x.dtype) if _array.is_quantized(x) else jnp.copy(x)
+
+    def copy(x):
+      if _array.is_quantized(x):
+        return _array.encode(x.dense(), stored_as, x.dtype)
+      # An average in bfloat16 stops moving.
+      return jnp.array(x, _codec.compute_dtype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else None)
+
     average = jax.tree.map(copy, params, is_leaf=_array.is_quantized)
     return EmaState(average, tx.init(average))
 

@@ -170,8 +170,6 @@ class Layerwise:
   def _advance(
     self, gradients: Any, params: Any, state: Any, in_place: bool, extra_args: dict[str, Any]
   ) -> tuple[Any, LayerwiseState]:
-    if params is None:
-      raise ValueError('layerwise needs the parameters: call update(gradients, state, params)')
     structure, leaves = _plan.flatten(params)
     by_leaf, states = _gradient.flatten(structure, gradients), self.states(structure, state)
     out = leaves if in_place else [jax.tree.map(jnp.zeros_like, leaf) for leaf in leaves]
@@ -256,6 +254,6 @@ def layerwise(
       'wraps one (MultiSteps, apply_if_finite) goes around layerwise, and one of Optax in lpmm_optax.low_precision'
     )
   own = Layerwise(tx, stacked)
-  transformation = LayerwiseTransformation(own.init, own.update, own.step, explain=own.explain)
+  transformation = LayerwiseTransformation('layerwise', own.init, own.update, own.step, explain=own.explain)
   transformation.layerwise = own
   return transformation

@@ -113,10 +113,8 @@ class Microbatches:
       raise TypeError(f'acc_grads/{structure.paths[i]}: gradients of a float64 parameter cannot be kept in {format}')
     return _array.full(leaf, 0, format, dtype)
 
-  def check(self, state: Any, params: Any) -> None:
-    """Raises unless both are what `update` takes."""
-    if params is None:
-      raise ValueError('MultiSteps needs the parameters: call update(gradients, state, params)')
+  def check(self, state: Any) -> None:
+    """Raises unless it is what `update` takes."""
     if not isinstance(state, MultiStepsState):
       raise TypeError(f'MultiSteps got a state of type {type(state).__name__}, which it did not create')
 
@@ -234,11 +232,11 @@ class Microbatches:
 
   def is_last(self, state: MultiStepsState) -> jax.Array:
     """Whether the next microbatch completes a step, bool[]."""
-    return state.mini_step == self.count(state) - 1
+    return state.mini_step >= self.count(state) - 1  # A schedule may have fewer of them from now on.
 
   def update(self, updates: Any, state: MultiStepsState, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
     """Deltas, all zero until the last microbatch of a step, and the state."""
-    self.check(state, params)
+    self.check(state)
 
     def advance(gradients, inner_state):
       if not isinstance(self.tx, _transformation.InPlaceTransformation):
@@ -253,7 +251,7 @@ class Microbatches:
 
   def step(self, gradients: Any, params: Any, state: MultiStepsState, **extra_args: Any) -> tuple[Any, Any]:
     """Parameters and state, in place."""
-    self.check(state, params)
+    self.check(state)
     gradients, last, state = self._accumulated(gradients, params, state)
     advance = functools.partial(_step.step, self.tx, gradients, **extra_args)
     return self.take_step(advance, params, last, state)
@@ -355,7 +353,7 @@ class MultiSteps(_transformation.InPlaceTransformation):
         optimizer but a bare heavy-ball `sgdm`.
       TypeError: for an accumulator that is none of these.
     """
-    if isinstance(every_k_schedule, int) and every_k_schedule < 1:
+    if not callable(every_k_schedule) and every_k_schedule < 1:
       raise ValueError(f'every_k_schedule must be at least 1, got {every_k_schedule}')
     momentum = None
     if isinstance(accumulator, Format):
@@ -387,7 +385,9 @@ class MultiSteps(_transformation.InPlaceTransformation):
       shard_axes=_mesh.axis_names(shard_axes),
     )
     explain = _transformation.explain(inner)
-    self = super().__new__(cls, microbatches.init, microbatches.update, microbatches.step, explain=explain)
+    self = super().__new__(
+      cls, 'MultiSteps', microbatches.init, microbatches.update, microbatches.step, explain=explain
+    )
     self.microbatches = microbatches
     return self
 

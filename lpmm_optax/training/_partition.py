@@ -40,15 +40,13 @@ def set_to_zero() -> _transformation.InPlaceTransformation:
 
   def update(updates, state, params=None, **extra_args):
     del updates, extra_args
-    if params is None:
-      raise ValueError('set_to_zero needs the parameters: call update(gradients, state, params)')
     return jax.tree.map(jnp.zeros_like, params), state
 
   def keep(gradients, params, state, **extra_args):
     del gradients, extra_args
     return params, state
 
-  return _transformation.InPlaceTransformation(lambda params: optax.EmptyState(), update, keep)
+  return _transformation.InPlaceTransformation('set_to_zero', lambda params: optax.EmptyState(), update, keep)
 
 
 def _labels(param_labels: Any, known: set, params: Any) -> Any:
@@ -121,8 +119,6 @@ def partition(
 
   def by_group(advance, start, gradients, params, state):
     """The results of all groups in one tree, and their states."""
-    if params is None:
-      raise ValueError('partition needs the parameters: call update(gradients, state, params)')
     if not isinstance(state, optax.PartitionState) or set(state.inner_states) != set(txs):
       raise ValueError(f'partition got a state that it did not create: {type(state).__name__}, not for {list(txs)}')
     labels, out, states = _labels(param_labels, set(txs), params), start, {}
@@ -150,7 +146,7 @@ def partition(
     own = [_transformation.explain(tx)(select(labels, label, params), **extra_args) for label, tx in txs.items()]
     return _transformation.Explanation(*(functools.reduce(operator.or_, parts, {}) for parts in zip(*own, strict=True)))
 
-  return _transformation.InPlaceTransformation(init, update, step, explain=explain)
+  return _transformation.InPlaceTransformation('partition', init, update, step, explain=explain)
 
 
 def masked(

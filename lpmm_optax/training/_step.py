@@ -31,6 +31,9 @@ def step(
   Returns:
     (params, opt_state).
 
+  Raises:
+    TypeError, ValueError: for gradients, parameters or a state that do not fit each other, naming the leaf.
+
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
   >>> params, tx = {'w': jnp.ones(3)}, lpmm.sgdm(0.5)
   >>> params, state = lpmm.step(tx, {'w': jnp.ones(3)}, params, tx.init(params))
@@ -88,7 +91,7 @@ def chain(*txs: optax.GradientTransformation) -> _transformation.InPlaceTransfor
     return params, (*new_states, last_state)
 
   update, explain = optax.with_extra_args_support(chained).update, _transformation.explain(txs[-1])
-  return _transformation.InPlaceTransformation(chained.init, update, chained_step, explain=explain)
+  return _transformation.InPlaceTransformation('chain', chained.init, update, chained_step, explain=explain)
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
@@ -149,5 +152,5 @@ def apply_if_finite(
     advance = lambda params, inner_state: inner.step(gradients, params, inner_state, **extra_args)
     return guard(gradients, params, state, advance, lambda params: params)
 
-  init = optax.apply_if_finite(inner, max_consecutive_errors).init
-  return _transformation.InPlaceTransformation(init, update, in_place, explain=_transformation.explain(inner))
+  init, explain = optax.apply_if_finite(inner, max_consecutive_errors).init, _transformation.explain(inner)
+  return _transformation.InPlaceTransformation('apply_if_finite', init, update, in_place, explain=explain)

@@ -56,7 +56,7 @@ def test_dense_formats_equal_optax_over_100_steps(case, use_step):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
 
 
-@pytest.mark.parametrize('make', [lpmm.adamw, lpmm.lion])
+@pytest.mark.parametrize('make', [*slow(lpmm.adamw), lpmm.lion])
 def test_a_dense_first_moment_takes_mu_dtype(make):
   state = make(0.1, mu_dtype=jnp.bfloat16, formats=None).init(tree())
   assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state, 'mu'))} == {jnp.dtype(jnp.bfloat16)}
@@ -141,6 +141,7 @@ def test_averages_decay_beside_a_maximum_that_is_refreshed_every_step(make, scal
 
 
 @EACH
+@pytest.mark.slow
 def test_rows_whose_gradient_vanishes_for_good_never_blow_up(make):
   # The failure of other 8-bit optimizers: a second moment that rounds to zero beside larger ones, while the first does
   # not, is a step of lr * m / eps. Gradients of one block here span six orders of magnitude.
@@ -319,7 +320,7 @@ def test_a_schedule_that_cannot_be_looked_up_ahead_says_what_to_do():
   train(lpmm.adam(schedule, error_feedback=False), params, gradients(1))
 
 
-@pytest.mark.parametrize('b1', [np.float32(0.0), jnp.zeros(()), 'injected'], ids=['numpy', 'jax', 'injected'])
+@pytest.mark.parametrize('b1', slow(np.float32(0.0), jnp.zeros(()), 'injected'), ids=['numpy', 'jax', 'injected'])
 def test_without_a_first_moment_there_is_no_feedback(b1):
   grads, start = gradients(5), lpmm.quantize(tree(), lpmm.INT8)
   if isinstance(b1, str):
@@ -360,7 +361,7 @@ def test_feedback_is_refused_where_it_cannot_work(make, kwargs, reason):
     make(0.1, error_feedback=True, **kwargs)
 
 
-@pytest.mark.parametrize('make', [lpmm.adam, *slow(functools.partial(lpmm.adamw, weight_decay=0.0))])
+@pytest.mark.parametrize('make', slow(lpmm.adam, functools.partial(lpmm.adamw, weight_decay=0.0)))
 def test_a_learning_rate_of_zero_changes_no_parameter(make):
   params, state = train(make(0.1), lpmm.quantize(tree(), lpmm.INT8), gradients(5))
   new, state = lpmm.step(make(0.0), tree(7), params, state)

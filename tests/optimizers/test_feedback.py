@@ -181,6 +181,20 @@ def test_where_it_cannot_work_it_is_refused_or_nothing_is_different(name):
   assert computations[0] == computations[1]
 
 
+MIXED = [('a', lpmm.INT4), ('b', lpmm.INT8)]
+
+
+@pytest.mark.parametrize('wanted', [MIXED, lambda path, leaf: dict(MIXED)[path]], ids=['list', 'function'])
+def test_each_leaf_has_it_that_stores_its_momentum_finely_enough(wanted):
+  params = lpmm.quantize({'a': jnp.ones((64, 128)), 'b': jnp.ones((64, 128))}, lpmm.INT8)
+  grads = dict.fromkeys(params, jax.random.normal(jax.random.key(0), (1, 64, 128)))
+  run = lambda formats, feedback: train(lpmm.sgdm(0.01, formats=formats, error_feedback=feedback), params, grads)[0]
+  mixed = run({'trace': wanted}, None)
+  assert_same_bits(mixed['b'], run({'trace': lpmm.INT8}, True)['b'])
+  with pytest.raises(ValueError, match=r'^a: .* fewer than 8 bits'):
+    run({'trace': wanted}, True)
+
+
 def test_dense_parameters_have_no_errors_to_feed_back():
   results = [train(lpmm.low_precision(optax.adam(0.1), error_feedback=x), tree(), gradients(2)) for x in (True, False)]
   assert_same_bits(*results)

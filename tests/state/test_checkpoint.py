@@ -222,6 +222,7 @@ def test_an_nnx_model_and_its_optimizer_are_restored_into_new_ones(tmp_path):
   assert_same_bits(nnx.as_pure(nnx.state(restored_pair)), nnx.as_pure(nnx.state(trained_pair)))
 
 
+@pytest.mark.slow
 def test_a_save_in_the_background_is_of_the_state_before_the_next_step(tmp_path):
   params = lpmm.quantize({'w': jax.random.normal(jax.random.key(0), (2048, 2048))}, lpmm.INT8)
   tx = lpmm.sgdm(0.1)
@@ -521,6 +522,16 @@ def test_a_state_is_sharded_as_its_parameters(place):
   jax.tree.map(
     lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(f'{x.sharding}'), initialised, where_state
   )
+
+
+def test_state_that_is_kept_below_a_parameter_is_sharded_as_it_is():
+  zeros = lambda params: jax.tree.map(lambda p: {'m': jnp.zeros_like(p)}, params)
+  inner = optax.GradientTransformation(zeros, lambda updates, state, params=None: (updates, state))
+  params = lpmm.quantize({'layer': {'kernel': jnp.ones((64, 256))}}, lpmm.INT8)
+  state = lpmm.low_precision(inner).init(params)
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(AxisType.Auto,))
+  where = lpmm.shardings(state, params, P('x', None), mesh).inner_state['layer']['kernel']['m']
+  assert where.codes.spec == where.scales.spec == P('x', None)
 
 
 @pytest.mark.parametrize(

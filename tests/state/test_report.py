@@ -95,6 +95,13 @@ def test_exempt_leaves_are_listed_with_the_reason():
     assert f'params in {params[path].dtype}, {reason}: {path}, {params[path].size} elements' in str(report)
 
 
+def test_the_reason_is_found_among_formats_of_which_some_take_the_leaf():
+  params = {'a': jnp.ones((64, 128)), 'b': jnp.ones((64, 128)), 'prime': jnp.ones((131, 137))}
+  params = lpmm.quantize(params, lpmm.INT8, where=[('a', lpmm.BFLOAT16)])
+  (row,) = lpmm.memory_report(params).exempt
+  assert (row.path, row.exempt) == ('prime', 'no axis has a divisor from 8 to 64')
+
+
 def test_many_exempt_leaves_are_a_line_for_each_reason():
   params = lpmm.quantize({'w': jnp.ones((64, 128)), **{f'b{i}': jnp.ones(3) for i in range(90)}}, lpmm.INT8)
   report = lpmm.memory_report(params, lpmm.sgdm(0.1).init(params))

@@ -60,3 +60,14 @@ def test_what_is_not_averaged_is_the_latest_and_bad_input_is_named():
     lpmm.ema(0.9, 16)
   with pytest.raises(ValueError, match='nonnegative'):
     lpmm.ema(0.9, lpmm.UINT8_SQRT)
+
+
+def test_the_average_of_a_dense_leaf_in_half_precision_does_not_stop_moving():
+  params, average = {'b': jnp.ones(64, jnp.bfloat16)}, lpmm.ema(0.999)
+
+  @jax.jit
+  def run(state):
+    return jax.lax.fori_loop(0, 6000, lambda _, state: average.update(params, state), state)
+
+  state = run(average.init({'b': jnp.zeros(64, jnp.bfloat16)}))
+  np.testing.assert_allclose(state.average['b'], 1 - 0.999**6000, rtol=1e-4)

@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 import pickle
 import re
+import sys
 import threading
 
 import jax
@@ -17,6 +18,8 @@ from runs import assert_same_bits
 from runs import slow
 
 import lpmm_optax as lpmm
+from lpmm_optax.state import _export
+from lpmm_optax.trace import _plan
 
 DENSE = {'w': jax.random.normal(jax.random.key(0), (64, 128)), 'v': jnp.full((64, 128), 0.5), 'b': jnp.ones(3)}
 PARAMS = lpmm.quantize(DENSE, lpmm.INT8)
@@ -196,12 +199,19 @@ def test_a_serving_function_and_a_step_are_exported():
 
   serve = lambda params, x: x @ lpmm.dequantize(params)['w']
   np.testing.assert_array_equal(restored(serve, PARAMS, jnp.ones((2, 64))), jax.jit(serve)(PARAMS, jnp.ones((2, 64))))
-  for state in (optax.TraceState, optax.EmptyState):  # Optax leaves it to whoever exports to name its states.
-    export.register_namedtuple_serialization(state, serialized_name=f'optax.{state.__name__}')
-  tx = lpmm.MultiSteps(lpmm.low_precision(optax.sgd(0.1, 0.9)), 2)
+  # Optax leaves it to whoever exports to name its states.
+  export.register_namedtuple_serialization(optax.EmptyState, serialized_name='optax.EmptyState')
+  tx = lpmm.MultiSteps(lpmm.chain(lpmm.clip_by_previous_norm(1.0), lpmm.sgdm(0.1)), 2)
   step = lambda g, p, s: lpmm.step(tx, g, p, s)
   args = DENSE, PARAMS, tx.init(PARAMS)
   assert_same_bits(restored(step, *args), jax.jit(step)(*args))
+
+
+def test_every_state_is_one_that_can_be_exported():
+  modules = [module for name, module in sys.modules.items() if name.startswith('lpmm_optax.')]
+  classes = {x for module in modules for x in vars(module).values() if isinstance(x, type) and issubclass(x, tuple)}
+  own = {x for x in classes if x.__module__.startswith('lpmm_optax.') and x.__name__.endswith('State')}
+  assert own - {_plan.InnerState} == set(_export.STATES)
 
 
 def test_trees_are_pickled_and_copied():
