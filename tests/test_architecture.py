@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+import re
 
 import pytest
 
@@ -41,3 +42,9 @@ def test_a_package_imports_only_those_before_it(package):
     if name not in allowed
   }
   assert upward == set()
+
+
+def test_the_page_names_every_module():
+  page = (ROOT.parent / 'docs' / 'architecture.md').read_text()
+  modules = {file.stem for file in ROOT.rglob('*.py')} - {'__init__'}
+  assert {name for name in modules if re.search(rf'\b{name}\b', page) is None} == set()
