@@ -59,6 +59,7 @@ def test_zero_gradients_change_no_bit_for_1000_steps(format, feedback):
   jax.tree.map(np.testing.assert_array_equal, optax.tree.get(state, 'trace'), optax.tree.get(tx.init(params), 'trace'))
 
 
+@pytest.mark.slow
 def test_scales_of_trained_parameters_stay_put_too():
   tx = lpmm.sgdm(0.05)
   gradients = jax.random.normal(jax.random.key(2), (30, 64, 192))

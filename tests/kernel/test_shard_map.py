@@ -44,8 +44,9 @@ def mapped(tx, mesh, params, state, spec, gradient_spec, reduce=False, **kwargs)
   return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(gradient_spec, *specs), out_specs=specs, **kwargs))
 
 
-@pytest.mark.parametrize('name', ['adamw', *slow('sgdm', 'accumulated')])
-@pytest.mark.parametrize('is_quantized', [True, *slow(False)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['adamw', 'sgdm', 'accumulated'])
+@pytest.mark.parametrize('is_quantized', [True, False])
 def test_replicated_parameters_stay_replicated_with_the_bits_of_one_device(mesh, name, is_quantized):
   tx = MAKE[name]()
   w = normal(0, 64, 128)

@@ -23,8 +23,9 @@ INTERPRETED = 'interpret_tpu'
 @pytest.mark.parametrize(
   ('name', 'format', 'shape', 'route'),
   [
-    ('adamw', lpmm.INT8, (509, 64), 'update'),
+    ('lion', lpmm.INT8, (40, 12, 64), 'step'),
     *slow(
+      ('adamw', lpmm.INT8, (509, 64), 'update'),
       ('sgdm', lpmm.INT8, updates.SHAPE, 'step'),
       ('sgdm', lpmm.INT8, (256, 1024), 'step'),
       ('sgdm', lpmm.INT8, (300, 6400), 'step'),
@@ -37,7 +38,6 @@ INTERPRETED = 'interpret_tpu'
       ('adamw', lpmm.INT16, (512, 512), 'step'),
       ('adamw', lpmm.INT8, (768, 1301), 'step'),
       ('adamw', lpmm.BFLOAT16, (130, 200), 'step'),
-      ('lion', lpmm.INT8, (40, 12, 64), 'step'),
       ('rmsprop', lpmm.INT8, updates.SHAPE, 'step'),
       ('accumulation', lpmm.INT16, updates.SHAPE, 'step'),
       ('accumulation', lpmm.INT8, (509, 64), 'update'),

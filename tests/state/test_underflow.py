@@ -24,7 +24,7 @@ FORMATS = [lpmm.Format(bits=8, rounding='nearest'), lpmm.Format(bits=4, rounding
 
 
 @pytest.mark.parametrize('format', FORMATS[:2], ids=str)
-@pytest.mark.parametrize('scale', [1e-3, 0.1, *slow(0.01)])
+@pytest.mark.parametrize('scale', [0.1, *slow(1e-3, 0.01)])
 def test_what_is_below_half_a_step_is_what_rounding_to_nearest_loses(format, scale):
   params, wanted = lpmm.quantize(DENSE, format), updates(scale)
   report = lpmm.underflow_report(params, wanted)

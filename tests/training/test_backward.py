@@ -166,6 +166,7 @@ def test_training_follows_the_ordinary_path_within_the_noise_of_rounding(tx):
   assert runs[lean][-1] < 0.8 * runs[lean][0]
 
 
+@pytest.mark.slow
 def test_a_parameter_used_twice_accumulates_both_gradients():
   table = jax.random.normal(jax.random.key(0), (128, WIDTH)) / 8
   tokens = jax.random.randint(jax.random.key(2), (32,), 0, 128)
@@ -313,6 +314,7 @@ def test_a_slice_that_cannot_be_added_to_is_refused():
     lean(narrow, tx)(params, tx.init(params), X)
 
 
+@pytest.mark.slow
 def test_blocks_that_a_slice_would_cut_are_refused_and_smaller_ones_taken():
   params = lpmm.quantize(jnp.ones((512, 4, 4)), lpmm.Format(block_size=4), where=lambda *_: lpmm.Format(block_size=4))
   loss = lambda params, x: jnp.sum(lpmm.dequantize(jax.tree.map(lambda a: a[3], params))) + jnp.sum(x)

@@ -317,7 +317,7 @@ AROUND = {
 }
 
 
-@pytest.mark.parametrize('wrapper', ['schedule_free', *slow('apply_if_finite', 'MultiSteps')])
+@pytest.mark.parametrize('wrapper', slow('schedule_free', 'apply_if_finite', 'MultiSteps'))
 def test_wrappers_that_compute_with_updates_work_on_dense_parameters_or_inside(wrapper):
   wrap = AROUND[wrapper]
   with jax.numpy_dtype_promotion('standard'):

@@ -107,7 +107,7 @@ def test_what_is_used_more_than_once_accumulates_first(how):
   assert float(jnp.vdot(moved, -gradient) / jnp.vdot(gradient, gradient)) == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize(('tx', 'limit'), [('adamw', 3.7), *slow(('sgdm', 2.7), ('lion', 2.7), ('adafactor', 1.8))])
+@pytest.mark.parametrize(('tx', 'limit'), slow(('adamw', 3.7), ('sgdm', 2.7), ('lion', 2.7), ('adafactor', 1.8)))
 def test_the_step_holds_parameters_and_state_alone(tx, limit):
   # 50M parameters in 64 layers, 128 positions: activations and one layer's weights and gradients are 0.6 of it,
   # and a matrix's update by Adafactor another 0.1.

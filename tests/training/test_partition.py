@@ -140,6 +140,7 @@ def test_its_state_is_reported_sharded_saved_and_mapped_as_any():
   assert_same_bits(optax.tree.get(emptied, 'trace'), optax.tree.get(tx.init(start()), 'trace'))
 
 
+@pytest.mark.slow
 def test_the_update_of_groups_is_in_place():
   tx = lpmm.partition({'a': lpmm.sgdm(0.1), 'b': lpmm.adamw(0.1)}, list('abababab'))
   grads = [jax.ShapeDtypeStruct((2048, 2048), jnp.float32)] * 8
