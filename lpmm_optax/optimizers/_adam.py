@@ -77,19 +77,19 @@ def _first_moment_feedback(hyper: dict[str, Any], is_required: bool) -> _feedbac
 
 def _choose_feedback(
   hyper: dict[str, Any], nesterov: bool, formats: _field_formats.Formats, error_feedback: bool | None
-) -> _feedback.Feedback | _feedback.Found | None:
+) -> _feedback.Feedback | _feedback.ByDerivatives | None:
   """The feedback that the arguments ask for, after a check of `formats`."""
   _field_formats.check(formats, ('mu', 'nu'))
   problem = _feedback.problem_with(formats, 'mu', ('b1', hyper['b1']), _LEAST_BITS)
   if not _feedback.decide(error_feedback, problem, formats, 'mu'):
     return None
   is_required = error_feedback is True
-  return _feedback.Found(is_required) if nesterov else _first_moment_feedback(hyper, is_required)
+  return _feedback.ByDerivatives(is_required) if nesterov else _first_moment_feedback(hyper, is_required)
 
 
 def _checked(learning_rate: optax.ScalarOrSchedule, **scalars: Any) -> dict[str, Any]:
-  scalars = {name: _hyperparams.check(name, value) for name, value in scalars.items()}
-  return {'learning_rate': _hyperparams.checked('learning_rate', learning_rate), **scalars}
+  scalars = {name: _hyperparams.check_scalar(name, value) for name, value in scalars.items()}
+  return {'learning_rate': _hyperparams.check_scalar_or_schedule('learning_rate', learning_rate), **scalars}
 
 
 def adam(
@@ -240,7 +240,7 @@ def adamw(
   """
   hyper = _checked(learning_rate, b1=b1, b2=b2, eps=eps, eps_root=eps_root)
   feedback = _choose_feedback(hyper, nesterov, formats, error_feedback)
-  decay = _hyperparams.checked('weight_decay', weight_decay)
+  decay = _hyperparams.check_scalar_or_schedule('weight_decay', weight_decay)
   inner = optax.adamw(**hyper, mu_dtype=mu_dtype, weight_decay=decay, mask=mask, nesterov=nesterov)
   return _low_precision.transform(
     inner, 'adamw', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes, feedback=feedback

@@ -71,7 +71,7 @@ class Feedback:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class ByDerivatives:
   """Where they go in any optimizer: into a momentum, if its update has one.
 
   Attributes:

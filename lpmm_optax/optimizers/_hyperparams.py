@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 
-def check(name: str, value: Any) -> Any:
+def check_scalar(name: str, value: Any) -> Any:
   """The scalar; refuses an array that was cast to the integer type of quantized parameters.
 
   Raises:
@@ -25,9 +25,9 @@ def check(name: str, value: Any) -> Any:
   return value
 
 
-def checked(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
+def check_scalar_or_schedule(name: str, value: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
   """The scalar, or the schedule with every one of its values checked."""
-  return (lambda count: check(name, value(count))) if callable(value) else check(name, value)
+  return (lambda count: check_scalar(name, value(count))) if callable(value) else check_scalar(name, value)
 
 
 def current(value: optax.ScalarOrSchedule, step: jax.Array) -> jax.Array:

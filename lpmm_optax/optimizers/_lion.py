@@ -60,8 +60,8 @@ def lion(
     Chen et al., `Symbolic Discovery of Optimization Algorithms <https://arxiv.org/abs/2302.06675>`_, 2023.
   """
   _field_formats.check(formats, ('mu',))
-  hyper = {name: _hyperparams.check(name, x) for name, x in (('b1', b1), ('b2', b2))}
-  rate = _hyperparams.checked('learning_rate', learning_rate)
-  decay = _hyperparams.checked('weight_decay', weight_decay)
+  hyper = {name: _hyperparams.check_scalar(name, x) for name, x in (('b1', b1), ('b2', b2))}
+  rate = _hyperparams.check_scalar_or_schedule('learning_rate', learning_rate)
+  decay = _hyperparams.check_scalar_or_schedule('weight_decay', weight_decay)
   inner = optax.lion(rate, **hyper, mu_dtype=mu_dtype, weight_decay=decay, mask=mask)
   return _low_precision.transform(inner, 'lion', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes)

@@ -135,7 +135,7 @@ def low_precision(
   0.94
   0.88
   """
-  feedback = None if error_feedback is False else _feedback.Found(is_required=error_feedback is True)
+  feedback = None if error_feedback is False else _feedback.ByDerivatives(is_required=error_feedback is True)
   return transform(
     inner, 'low_precision', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes, feedback=feedback
   )
@@ -242,7 +242,7 @@ class LowPrecision:
   raw_key: jax.Array
   tile_size: int | None
   shard_axes: frozenset[str]
-  feedback: _feedback.Feedback | _feedback.Found | None
+  feedback: _feedback.Feedback | _feedback.ByDerivatives | None
   into_momentum: IntoMomentum | None
   preceding: tuple[optax.GradientTransformation, ...] | None = None
 
@@ -453,7 +453,7 @@ class PlannedStep:
   words: dict[int, jax.Array]
   steady: dict[int, jax.Array]
   zero: jax.Array
-  feedback: _feedback.Feedback | _feedback.Found | None
+  feedback: _feedback.Feedback | _feedback.ByDerivatives | None
   hyperparams: dict[str, jax.Array]
   tile_size: int
   shard_axes: frozenset[str]
@@ -534,7 +534,7 @@ def transform(
   key: jax.Array | None,
   tile_size: int | None,
   shard_axes: Sequence[str],
-  feedback: _feedback.Feedback | _feedback.Found | None = None,
+  feedback: _feedback.Feedback | _feedback.ByDerivatives | None = None,
   into_momentum: IntoMomentum | None = None,
 ) -> _transformation.InPlaceTransformation:
   """`low_precision` with more that its aliases need: a name for messages, feedback, and `IntoMomentum`."""

@@ -241,17 +241,17 @@ def sgdm(
   if nesterov and not has_trace:
     raise ValueError(f'nesterov=True needs a momentum, got {momentum}')
   _field_formats.check(formats, ('trace',))
-  learning_rate = _hyperparams.checked('learning_rate', learning_rate)
+  learning_rate = _hyperparams.check_scalar_or_schedule('learning_rate', learning_rate)
   problem = _feedback.problem_with(formats, 'trace', ('momentum', momentum), _feedback.LEAST_BITS)
   is_required = error_feedback is True
   error_feedback = _feedback.decide(error_feedback, problem, formats, 'trace')
-  weight_decay = _hyperparams.check('weight_decay', weight_decay)
+  weight_decay = _hyperparams.check_scalar('weight_decay', weight_decay)
   # One structure of the state whatever the weight decay, which inject_hyperparams makes a tracer.
   decays = not _hyperparams.is_zero(weight_decay)
   inner = [optax.add_decayed_weights(weight_decay) if decays else optax.identity()]
   if has_trace:
-    momentum = _hyperparams.check('momentum', momentum)
-  feedback: _feedback.Feedback | _feedback.Found | None = None
+    momentum = _hyperparams.check_scalar('momentum', momentum)
+  feedback: _feedback.Feedback | _feedback.ByDerivatives | None = None
   if error_feedback and not nesterov:
     inner.append(_velocity(learning_rate, momentum))
     feedback = _velocity_feedback(momentum, is_required, is_decayed=False)
@@ -259,7 +259,7 @@ def sgdm(
     if has_trace:
       inner.append(optax.trace(momentum, nesterov))
     inner.append(optax.scale_by_learning_rate(learning_rate))
-    feedback = _feedback.Found(is_required) if error_feedback else None
+    feedback = _feedback.ByDerivatives(is_required) if error_feedback else None
   transform = functools.partial(
     _low_precision.transform, name='sgdm', formats=formats, key=key, tile_size=tile_size, shard_axes=shard_axes
   )
