@@ -45,9 +45,7 @@ def check(formats: Formats, fields: Sequence[str] | None = None) -> None:
 def _same_for_all(format: Format, is_nonnegative: bool, uses: Collection[_uses.Use]) -> Format:
   """One Format given for every field, on the grid that a field's values need."""
   if format.bits < 16:
-    if is_nonnegative and format.signed:
-      return dataclasses.replace(format, signed=False, grid='sqrt')
-    return format
+    return dataclasses.replace(format, grid='sqrt') if is_nonnegative else format
   holds = lambda x: all(_uses.holds(x, use) for use in uses)
   if is_nonnegative or not holds(format):
     others = (dataclasses.replace(x, rounding=format.rounding) for x in (_format.BFLOAT16, _format.INT16))
