@@ -89,6 +89,21 @@ class Format:
     return self.grid != 'sqrt'
 
   @property
+  def keeps_nonzero(self) -> bool:
+    """Whether what is not zero is never stored as zero, but as too large where it is small."""
+    return self.grid == 'sqrt'
+
+  @property
+  def tells_small_values(self) -> bool:
+    """Whether values far below the largest of their block are told from zero, with relative precision."""
+    return self.grid == 'bfloat16'
+
+  @property
+  def has_low_noise(self) -> bool:
+    """Whether errors are far below 1/254 of the largest value of a block."""
+    return self.grid == 'linear' and self.bits == 16
+
+  @property
   def code_dtype(self) -> np.dtype:
     """The integer dtype of the codes: for bfloat16 and for 4 bits without a sign, one of the same bits."""
     return jnp.dtype(_CODE_DTYPES[self.grid, self.bits])
@@ -123,6 +138,14 @@ class Format:
       return 'bfloat16', 'no_scales'
     return f'int{self.bits}' if self.signed else f'uint{self.bits}_sqrt', f'scales_of_{self.block_size}'
 
+  def variants(self, is_nonnegative: bool) -> tuple['Format', ...]:
+    """What to store a field in where this is given for all: the first that holds it, or else the last."""
+    if self.bits < 16:
+      return (dataclasses.replace(self, grid='sqrt') if is_nonnegative else self,)
+    others = (dataclasses.replace(x, rounding=self.rounding) for x in reversed(WIDE))
+    first = () if is_nonnegative else (self,)
+    return (*first, *others, self)
+
   def with_block_size(self, default: int) -> 'Format':
     """This format with an unset block size replaced by `default`."""
     if self.block_size is None and self.has_scales:
@@ -139,6 +162,7 @@ INT16 = Format(bits=16)
 UINT8_SQRT = Format(bits=8, grid='sqrt')
 UINT4_SQRT = Format(bits=4, grid='sqrt')
 BFLOAT16 = Format(bits=16, grid='bfloat16')
+WIDE = (INT16, BFLOAT16)  # For what 8 bits do not hold, the preferred one first.
 
 
 def largest_divisor(n: int, at_most: int) -> int:
