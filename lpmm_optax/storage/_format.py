@@ -217,7 +217,10 @@ def choose_blocks(shape: tuple[int, ...], block_size: int) -> BlockGeometry:
 
 
 def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | None:
-  """Why an array of this shape and dtype stays dense by default, or None if it is stored in `format`."""
+  """Why an array of this shape and dtype stays dense by default, or None if it is stored in `format`.
+
+  The block size of the format is filled in.
+  """
   if not jnp.issubdtype(dtype, jnp.floating):
     return 'not floating point'
   size = math.prod(shape)
@@ -225,8 +228,7 @@ def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | 
     return f'under {MIN_SIZE} elements'
   if len(shape) == 1 and size < MIN_SIZE_1D:
     return f'one-dimensional, under {MIN_SIZE_1D} elements'
-  if format.has_scales:
-    target = format.block_size or PARAM_BLOCK_SIZE
-    if choose_blocks(shape, target).size < min(MIN_BLOCK_SIZE, target):
-      return f'no axis has a divisor from {MIN_BLOCK_SIZE} to {target}'
+  target = format.block_size
+  if target is not None and choose_blocks(shape, target).size < min(MIN_BLOCK_SIZE, target):
+    return f'no axis has a divisor from {MIN_BLOCK_SIZE} to {target}'
   return None
