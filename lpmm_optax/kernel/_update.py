@@ -184,7 +184,7 @@ def update_leaf(
       if _array.is_quantized(target):
         old = reads['target']._replace(codes=view.split(reads['target'].codes))
         return {'delta': _codec.subtract(new, old), 'fields': result}
-      return {'delta': _codec.Stored(payload.extra), 'fields': result}
+      return {'delta': _codec.Stored(payload.delta), 'fields': result}
 
     return _tiles.Stages(*(_program.uncontracted(stage, zero) for stage in (first, second, last)))
 

@@ -265,7 +265,7 @@ def codec_of(leaf: Any, view: _view.View) -> _codec.Codec:
     return _codec.DenseCodec(jnp.dtype(leaf.dtype), view)
   if not leaf.format.has_scales:
     return _codec.BFloat16Codec(leaf.format, view)
-  return _codec.LinearCodec(leaf.format, _codec.Blocks(view, len(view.shape) + leaf.blocks.axis, leaf.blocks.size))
+  return _codec.LinearCodec(leaf.format, view, len(view.shape) + leaf.blocks.axis, leaf.blocks.size)
 
 
 def blocks_of(leaf: Any) -> list[tuple[int, int]]:
@@ -285,11 +285,6 @@ def with_stored(leaf: Any, arrays: _codec.Stored) -> Any:
   if is_quantized(leaf):
     return dataclasses.replace(leaf, codes=arrays.codes, scales=arrays.scales)
   return arrays.codes
-
-
-def whole_codec(leaf: Any) -> _codec.Codec:
-  """The codec for a leaf as one tile."""
-  return codec_of(leaf, _view.cells(leaf.shape, blocks_of(leaf)))
 
 
 def random_bits(
@@ -423,8 +418,8 @@ def _encode_as(x: jax.Array, target: QuantizedArray, word: jax.Array | None) -> 
 
 def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fresh: bool) -> QuantizedArray:
   """x in the place of what is stored in the target; or of nothing, if it is fresh."""
-  codec: Any = whole_codec(target)
-  view = codec_view(codec)
+  view = _view.cells(target.shape, blocks_of(target))
+  codec: Any = codec_of(target, view)
   bits = None
   if word is not None:
     bits = random_bits(target, word, view, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
@@ -443,7 +438,7 @@ def _decode(platforms: tuple[str, ...], x: QuantizedArray) -> jax.Array:
 
   def decode(make_view, x):
     codec = codec_of(x, make_view(x.shape, blocks_of(x)))
-    return codec_view(codec).merge(codec.decode(stored(x)))
+    return codec.view.merge(codec.decode(stored(x)))
 
   of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.products))
   default = functools.partial(decode, _view.cells)
@@ -509,11 +504,6 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
     return encode(jnp.asarray(leaf), chosen, word=words.get(path))
 
   return _map_leaves(one, tree, shares_state=False)
-
-
-def codec_view(codec: _codec.Codec) -> _view.View:
-  """The view in which a codec works."""
-  return codec.blocks.view if isinstance(codec, _codec.LinearCodec) else codec.view
 
 
 def dequantize(tree: Any, dtype: Any = None) -> Any:
