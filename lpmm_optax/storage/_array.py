@@ -31,11 +31,11 @@ Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]
 class QuantizedArray(metaclass=_refusal.Explained):
   """An array stored as integer codes and block scales.
 
-  For a linear grid `dequantize(x)[..., i] == codes[..., i] * scale[..., i // size]`, with blocks of that size along the
-  last axis, where the scale's bfloat16 value is kept as its bit pattern. The children are plain integer arrays, so
-  `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the codes' range. Their
-  keys say how they are stored ('kernel/int8', 'kernel/scales_of_64'), and so does whatever saves a tree by its keys: it
-  cannot be read as anything else.
+  For a linear grid with blocks along the last axis, `dequantize(x)[..., i] == codes[..., i] * scale[..., i // size]`,
+  where the scale's bfloat16 value is kept as its bit pattern; `blocks` may name another axis. The children are plain
+  integer arrays, so `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the
+  codes' range. Their keys say how they are stored ('kernel/int8', 'kernel/scales_of_64'), and so does whatever saves a
+  tree by its keys: it cannot be read as anything else.
 
   Attributes:
     codes: integers of the array's own shape.
@@ -456,8 +456,9 @@ def _cast(value: jax.Array, dtype: Any) -> jax.Array:
 def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: Where | None = None) -> Any:
   """Stores the large floating-point leaves of a tree in a low-precision format.
 
-  Leaves under 4096 elements, one-dimensional ones under 65536, and leaves that are not floating point stay as they are,
-  unless `where` names them. Quantized leaves stay too.
+  Leaves under 4096 elements, one-dimensional ones under 65536, those that no axis cuts into blocks (none has a divisor
+  from 8 to the block size, as of 1021 x 1021), and leaves that are not floating point stay as they are, unless `where`
+  names them. Quantized leaves stay too.
 
   Args:
     tree: an array or a pytree of arrays (float32, bfloat16 or float16).
@@ -521,6 +522,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   Raises:
     TypeError: for a quantized leaf that arithmetic made of the tree has turned into floats, naming it.
+    ValueError: for one whose codes and scales a slice or a transposition has taken apart, naming it.
 
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
   >>> x = jnp.linspace(-1, 1, 4096).reshape(64, 64)
