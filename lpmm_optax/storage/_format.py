@@ -143,8 +143,7 @@ class Format:
     if self.bits < 16:
       return (dataclasses.replace(self, grid='sqrt') if is_nonnegative else self,)
     others = (dataclasses.replace(x, rounding=self.rounding) for x in reversed(WIDE))
-    first = () if is_nonnegative else (self,)
-    return (*first, *others, self)
+    return (*others, self) if is_nonnegative else (self, *others, self)
 
   def with_block_size(self, default: int) -> 'Format':
     """This format with an unset block size replaced by `default`."""
@@ -217,10 +216,7 @@ def choose_blocks(shape: tuple[int, ...], block_size: int) -> BlockGeometry:
 
 
 def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | None:
-  """Why an array of this shape and dtype stays dense by default, or None if it is stored in `format`.
-
-  The block size of the format is filled in.
-  """
+  """Why an array stays dense by default, or None if it is stored in `format`, whose block size is filled in."""
   if not jnp.issubdtype(dtype, jnp.floating):
     return 'not floating point'
   size = math.prod(shape)
