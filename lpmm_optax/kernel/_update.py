@@ -125,7 +125,7 @@ def update_leaf(
   dtype = _codec.compute_dtype(target.dtype)
   hyperparams = {name: jnp.asarray(value).astype(dtype) for name, value in (hyperparams or {}).items()}
   # Finite gradients keep the state finite, which the square of a larger one would not be.
-  squared = any(_array.is_quantized(field) and field.format.grid == 'sqrt' for field in fields)
+  squared = any(_array.is_quantized(field) and not field.format.signed for field in fields)
   arrays = [_array.stored(leaf) for leaf in slots]
   words = _random.of_shard(words, static.shard_axes | _mesh.varying_axes(arrays, gradient.stored()))
   shared = _Values(words, turn, gradient.weight, list(scalars), hyperparams, list(start))
@@ -184,7 +184,7 @@ def update_leaf(
       if _array.is_quantized(target):
         old = reads['target']._replace(codes=view.split(reads['target'].codes))
         return {'delta': _codec.subtract(new, old), 'fields': result}
-      return {'delta': _codec.Stored(payload.extra), 'fields': result}
+      return {'delta': _codec.Stored(payload.delta), 'fields': result}
 
     return _tiles.Stages(*(_program.uncontracted(stage, zero) for stage in (first, second, last)))
 

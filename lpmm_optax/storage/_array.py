@@ -31,11 +31,11 @@ Where = Callable[[str, Any], Format | None] | Sequence[tuple[str, Format | None]
 class QuantizedArray(metaclass=_refusal.Explained):
   """An array stored as integer codes and block scales.
 
-  For a linear grid `dequantize(x)[..., i] == codes[..., i] * scale[..., i // size]`, with blocks of that size along the
-  last axis, where the scale's bfloat16 value is kept as its bit pattern. The children are plain integer arrays, so
-  `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the codes' range. Their
-  keys say how they are stored ('kernel/int8', 'kernel/scales_of_64'), and so does whatever saves a tree by its keys: it
-  cannot be read as anything else.
+  For a linear grid with blocks along the last axis, `dequantize(x)[..., i] == codes[..., i] * scale[..., i // size]`,
+  where the scale's bfloat16 value is kept as its bit pattern; `blocks` may name another axis. The children are plain
+  integer arrays, so `optax.apply_updates` adds a tree of integer deltas to a tree of parameters exactly, modulo the
+  codes' range. Their keys say how they are stored ('kernel/int8', 'kernel/scales_of_64'), and so does whatever saves a
+  tree by its keys: it cannot be read as anything else.
 
   Attributes:
     codes: integers of the array's own shape.
@@ -272,7 +272,7 @@ def codec_of(leaf: Any, view: _view.View) -> _codec.Codec:
     return _codec.DenseCodec(jnp.dtype(leaf.dtype), view)
   if not leaf.format.has_scales:
     return _codec.BFloat16Codec(leaf.format, view)
-  return _codec.LinearCodec(leaf.format, _codec.Blocks(view, len(view.shape) + leaf.blocks.axis, leaf.blocks.size))
+  return _codec.LinearCodec(leaf.format, view, len(view.shape) + leaf.blocks.axis, leaf.blocks.size)
 
 
 def blocks_of(leaf: Any) -> list[tuple[int, int]]:
@@ -292,11 +292,6 @@ def with_stored(leaf: Any, arrays: _codec.Stored) -> Any:
   if is_quantized(leaf):
     return dataclasses.replace(leaf, codes=arrays.codes, scales=arrays.scales)
   return arrays.codes
-
-
-def whole_codec(leaf: Any) -> _codec.Codec:
-  """The codec for a leaf as one tile."""
-  return codec_of(leaf, _view.cells(leaf.shape, blocks_of(leaf)))
 
 
 def random_bits(
@@ -430,8 +425,8 @@ def _encode_as(x: jax.Array, target: QuantizedArray, word: jax.Array | None) -> 
 
 def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fresh: bool) -> QuantizedArray:
   """x in the place of what is stored in the target; or of nothing, if it is fresh."""
-  codec: Any = whole_codec(target)
-  view = codec_view(codec)
+  view = _view.cells(target.shape, blocks_of(target))
+  codec: Any = codec_of(target, view)
   bits = None
   if word is not None:
     bits = random_bits(target, word, view, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
@@ -450,7 +445,7 @@ def _decode(platforms: tuple[str, ...], x: QuantizedArray) -> jax.Array:
 
   def decode(make_view, x):
     codec = codec_of(x, make_view(x.shape, blocks_of(x)))
-    return codec_view(codec).merge(codec.decode(stored(x)))
+    return codec.view.merge(codec.decode(stored(x)))
 
   of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.products))
   default = functools.partial(decode, _view.cells)
@@ -468,8 +463,9 @@ def _cast(value: jax.Array, dtype: Any) -> jax.Array:
 def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: Where | None = None) -> Any:
   """Stores the large floating-point leaves of a tree in a low-precision format.
 
-  Leaves under 4096 elements, one-dimensional ones under 65536, and leaves that are not floating point stay as they are,
-  unless `where` names them. Quantized leaves stay too.
+  Leaves under 4096 elements, one-dimensional ones under 65536, those that no axis cuts into blocks (none has a divisor
+  from 8 to the block size, as of 1021 x 1021), and leaves that are not floating point stay as they are, unless `where`
+  names them. Quantized leaves stay too.
 
   Args:
     tree: an array or a pytree of arrays (float32, bfloat16 or float16).
@@ -518,11 +514,6 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
   return _map_leaves(one, tree, shares_state=False)
 
 
-def codec_view(codec: _codec.Codec) -> _view.View:
-  """The view in which a codec works."""
-  return codec.blocks.view if isinstance(codec, _codec.LinearCodec) else codec.view
-
-
 def dequantize(tree: Any, dtype: Any = None) -> Any:
   """The dense values of a tree; leaves that are not quantized are passed through.
 
@@ -538,6 +529,7 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
 
   Raises:
     TypeError: for a quantized leaf that arithmetic made of the tree has turned into floats, naming it.
+    ValueError: for one whose codes and scales a slice or a transposition has taken apart, naming it.
 
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
   >>> x = jnp.linspace(-1, 1, 4096).reshape(64, 64)

@@ -1,10 +1,12 @@
 """Between dense values and stored codes: blocks, scales, and the one place where values are rounded.
 
 A codec reads and writes one array, in tiles: `decode` gives dense values; `advance` fixes what will be stored in the
-place of what is, and `encode` what will be stored where there is nothing yet; `finish` gives the arrays to store and
-the rounding error that was made. All products below are of a power of two or of a few-bit
-integer with an 8-bit scale, hence exact, or are rounded once on every platform; the quotient of a division is corrected
-in integers. A codec works in a *view* of the tile, which the driver of the update has chosen (`_view`).
+place of what is; `finish` gives the arrays to store and the rounding error that was made. That of a `Format` also has
+`encode`, which fixes what will be stored where there is nothing yet, `snap`, `step` and `largest`. A codec works in a
+*view* of the tile, which the driver of the update has chosen (`_view`).
+
+All products below are of a power of two or of a few-bit integer with an 8-bit scale, hence exact, or are rounded once
+on every platform; the quotient of a division is corrected in integers.
 """
 
 import dataclasses
@@ -22,23 +24,6 @@ from lpmm_optax.storage import _view
 # Low enough for any gradient; high enough for reciprocal(scale) * 2^24 to be finite.
 _MIN_SCALE = 2.0**-100
 _SMALLEST_NORMAL = np.int32(0x00800000)
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-  """Blocks of `size` elements along `axis` of a tile."""
-
-  view: _view.View
-  axis: int
-  size: int
-
-  def spread(self, per_block: jax.Array) -> jax.Array:
-    """One value per block to an array that broadcasts against the view."""
-    return self.view.spread(per_block, self.axis, self.size)
-
-  def absmax(self, x: jax.Array) -> jax.Array:
-    """In view, without NaN, to the largest magnitude in each block."""
-    return self.view.absmax(x, self.axis, self.size)
 
 
 def _bits_of(x: jax.Array) -> jax.Array:
@@ -110,31 +95,50 @@ class Stored(NamedTuple):
 
 
 class Payload(NamedTuple):
-  """What `encode` decided, ready for `finish`: arrays in view, scales one per block."""
+  """What was decided, ready for `finish`.
+
+  Attributes:
+    word: in view: of a linear grid, the code above the rounding error (a sign and fraction_bits); else what is stored.
+    scales: of a linear grid, one per block.
+    error: of bfloat16, in view.
+    delta: of a dense array, in view, as it was added; if one was given.
+  """
 
   word: jax.Array
-  extra: Any = None
+  scales: Any = None
+  error: Any = None
+  delta: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearCodec:
-  """x = code * scale, and for the sqrt grid x = (code * scale)^2."""
+  """x = code * scale, and for the sqrt grid x = (code * scale)^2, in blocks of `size` along `axis` of a tile."""
 
   format: _format.Format
-  blocks: Blocks
+  view: _view.View
+  axis: int
+  size: int
 
   @property
   def squares(self) -> bool:
     return self.format.grid == 'sqrt'
 
+  def _spread(self, per_block: jax.Array) -> jax.Array:
+    """One value per block to an array that broadcasts against the view."""
+    return self.view.spread(per_block, self.axis, self.size)
+
+  def _absmax(self, x: jax.Array) -> jax.Array:
+    """In view, without NaN, to the largest magnitude in each block."""
+    return self.view.absmax(x, self.axis, self.size)
+
   def decode(self, stored: Stored) -> jax.Array:
     """Stored tile to float32 values in view; exact, and NaN throughout a poisoned block."""
-    value = self._codes(stored).astype(jnp.float32) * self.blocks.spread(from_bfloat16_bits(stored.scales))
+    value = self._codes(stored).astype(jnp.float32) * self._spread(from_bfloat16_bits(stored.scales))
     return value * value if self.squares else value
 
   def _codes(self, stored: Stored) -> jax.Array:
     """In view, as integers that have their values."""
-    codes = self.blocks.view.split(stored.codes)
+    codes = self.view.split(stored.codes)
     return codes.astype(jnp.int32) & self.format.max_code if self._lacks_sign else codes
 
   @property
@@ -144,11 +148,11 @@ class LinearCodec:
 
   def step(self, stored: Stored) -> jax.Array:
     """The distance of neighbouring codes, which broadcasts against the cell view; of their roots for squares."""
-    return self.blocks.spread(from_bfloat16_bits(stored.scales))
+    return self._spread(from_bfloat16_bits(stored.scales))
 
   def largest(self, x: jax.Array) -> jax.Array:
     """In view, without NaN, to the largest magnitude in each block, which broadcasts against the view."""
-    return self.blocks.spread(self.blocks.absmax(x))
+    return self._spread(self._absmax(x))
 
   def encode(self, value: jax.Array, bits: jax.Array | None, dtype: Any = jnp.float32) -> Payload:
     """Rounds values, float32 in view, to a fresh grid; see `advance` for the rest.
@@ -171,20 +175,17 @@ class LinearCodec:
       value: what it becomes, float32, in view.
       bits: uint32 random bits in view, or None to round to nearest.
       delta: value - decode(old), where that is known to more than the precision of value; for the linear grid.
-
-    Returns:
-      A word per element, the code above the rounding error (a sign and fraction_bits), and the block scales.
     """
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
     value, absmax = self._storable(value)
     old_scale = from_bfloat16_bits(old.scales)
     codes = self._codes(old)
     if delta is None:
-      delta = value - codes.astype(jnp.float32) * self.blocks.spread(old_scale)
+      delta = value - codes.astype(jnp.float32) * self._spread(old_scale)
     kept = self._keeps(old_scale, absmax)
     scale = jnp.where(kept, old_scale, fresh_scale(absmax, max_code))
     # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
-    kept = self.blocks.spread(kept)
+    kept = self._spread(kept)
     base = jnp.where(kept, codes.astype(jnp.int32) << fraction_bits, jnp.int32(0))
     return self._round(value, jnp.where(kept, delta, value), base, scale, bits)
 
@@ -195,12 +196,12 @@ class LinearCodec:
     """
     scale = from_bfloat16_bits(old.scales)
     root, _ = self._storable(value)
-    codes = lax.round(root * self.blocks.spread(reciprocal(scale)), lax.RoundingMethod.TO_NEAREST_EVEN)
+    codes = lax.round(root * self._spread(reciprocal(scale)), lax.RoundingMethod.TO_NEAREST_EVEN)
     if self.squares:
       codes = jnp.where(root > 0, jnp.maximum(codes, 1), codes)
-    kept = self._keeps(scale, self.blocks.absmax(codes) * scale) & (scale > 0)
-    on_grid = codes * self.blocks.spread(scale)
-    return jnp.where(self.blocks.spread(kept), on_grid * on_grid if self.squares else on_grid, value)
+    kept = self._keeps(scale, self._absmax(codes) * scale) & (scale > 0)
+    on_grid = codes * self._spread(scale)
+    return jnp.where(self._spread(kept), on_grid * on_grid if self.squares else on_grid, value)
 
   def _keeps(self, scale: jax.Array, absmax: jax.Array) -> jax.Array:
     """Whether blocks keep a stored scale, given their new absmax."""
@@ -219,14 +220,14 @@ class LinearCodec:
     steps = np.array([-1, 2, 1, 0], np.int32).reshape(-1, *(1,) * absmax.ndim) * np.int32(0x10000)
 
     def choose(grid, scale):
-      scale_of_each = self.blocks.spread(scale)
+      scale_of_each = self._spread(scale)
       codes = lax.round(value / scale_of_each, lax.RoundingMethod.TO_NEAREST_EVEN)
       decoded = codes * scale_of_each
       if precision.nmant < 23:
         decoded = lax.reduce_precision(decoded, precision.nexp, precision.nmant)
       is_on = (decoded == value) & (jnp.abs(codes) <= np.float32(self.format.max_code))
       is_off = jnp.where(is_on, np.float32(0), np.float32(1))
-      is_found = (self.blocks.absmax(is_off) == 0) & (fresh > 0)
+      is_found = (self._absmax(is_off) == 0) & (fresh > 0)
       return jnp.where(is_found, jnp.maximum(scale, _MIN_SCALE), grid), None
 
     return lax.scan(choose, fresh, _float_of(_signed_bits_of(fresh)[None] + steps))[0]
@@ -238,7 +239,7 @@ class LinearCodec:
     only behind a select.)
     """
     value = jnp.where(value >= 0 if self.squares else value == value, value, np.float32(np.inf))
-    absmax = self.blocks.absmax(value)
+    absmax = self._absmax(value)
     # The root of the largest is the largest root: one per block, not one per element.
     return (jnp.sqrt(value), jnp.sqrt(absmax)) if self.squares else (value, absmax)
 
@@ -247,7 +248,7 @@ class LinearCodec:
   ) -> Payload:
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
     per_unit = reciprocal(scale) * np.float32(2.0**fraction_bits)
-    fixed = lax.round(change * self.blocks.spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
+    fixed = lax.round(change * self._spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
     top = max_code << fraction_bits
     fixed = jnp.clip(fixed.astype(jnp.int32) + base, -top if self.format.signed else 0, top)
     half = jnp.int32(1 << (fraction_bits - 1))
@@ -270,7 +271,7 @@ class LinearCodec:
     codes = codes.astype(self.format.code_dtype)
     error = (payload.word << (31 - fraction_bits)) >> (31 - fraction_bits)
     error = error.astype(jnp.float32) * np.float32(2.0**-fraction_bits)
-    return Stored(codes, payload.extra), error * self.blocks.spread(from_bfloat16_bits(payload.extra))
+    return Stored(codes, payload.scales), error * self._spread(from_bfloat16_bits(payload.scales))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +303,7 @@ class BFloat16Codec:
     overflowed = ((rounded & jnp.uint32(0x7FFF)) == 0x7F80) & jnp.isfinite(value)
     rounded = jnp.where(overflowed, rounded - 1, rounded)
     rounded = jnp.where(jnp.isnan(value), jnp.uint32(0x7FC0), rounded)
-    return Payload(rounded.astype(jnp.uint16), value - _float_of(rounded << 16))
+    return Payload(rounded.astype(jnp.uint16), error=value - _float_of(rounded << 16))
 
   def snap(self, old: Stored, value: jax.Array) -> jax.Array:
     """As they are: this grid does not move."""
@@ -315,7 +316,7 @@ class BFloat16Codec:
     return self.encode(value, bits)
 
   def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
-    return Stored(payload.word), payload.extra
+    return Stored(payload.word), payload.error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +335,7 @@ class DenseCodec:
     if delta is None:
       return Payload(value.astype(self.dtype))
     delta = delta.astype(self.dtype)
-    return Payload(self.view.split(old.codes) + delta, delta)
+    return Payload(self.view.split(old.codes) + delta, delta=delta)
 
   def finish(self, payload: Payload) -> tuple[Stored, None]:
     return Stored(payload.word), None

@@ -21,12 +21,14 @@ MIN_PREFERRED_SIZE = 32
 MIN_SIZE = 4096
 MIN_SIZE_1D = 65536
 
+# By grid and bits, all that there are.
 _CODE_DTYPES = {
-  (4, True): jnp.int4,
-  (4, False): jnp.int4,  # The bits of a uint4, which Orbax does not save, and Pallas does not load.
-  (8, True): jnp.int8,
-  (8, False): jnp.uint8,
-  (16, True): jnp.int16,
+  ('linear', 4): jnp.int4,
+  ('linear', 8): jnp.int8,
+  ('linear', 16): jnp.int16,
+  ('sqrt', 4): jnp.int4,  # The bits of a uint4, which Orbax does not save, and Pallas does not load.
+  ('sqrt', 8): jnp.uint8,
+  ('bfloat16', 16): jnp.uint16,
 }
 
 
@@ -38,13 +40,12 @@ class Format:
   `optax.inject_hyperparams`, which turns callables into schedules and integers into tracers.
 
   Attributes:
-    bits: bits per code: 4, 8 or 16.
+    bits: bits per code: 4, 8 or 16 on a linear grid, 4 or 8 on a square-root one, 16 of bfloat16.
     block_size: how many neighbours along one axis share a scale: this many if that divides the axis; else the largest
       power of two that does and is smaller, from 32 on; else the largest divisor below. None means 64 for parameters
       and 128 for optimizer state.
-    signed: whether codes carry a sign. Unsigned codes hold nonnegative values only (4 or 8 bits).
-    grid: 'linear' stores x = code * scale; 'sqrt' stores x = (code * scale)^2, for second moments; 'bfloat16' stores
-      the upper 16 bits of the float32 and needs no scale.
+    grid: 'linear' stores x = code * scale; 'sqrt' stores x = (code * scale)^2, for second moments, which are never
+      negative; 'bfloat16' stores the upper 16 bits of the float32 and needs no scale.
     rounding: 'stochastic' (unbiased: up with probability equal to the fraction) or 'nearest'.
 
   Raises:
@@ -56,31 +57,26 @@ class Format:
   >>> lpmm.Format(bits=3)
   Traceback (most recent call last):
     ...
-  ValueError: bits=3 is not supported: choose 4, 8 or 16
+  ValueError: bits=3 is not supported with grid='linear': choose from [4, 8, 16]
   """
 
   bits: int = 8
   block_size: int | None = None
-  signed: bool = True
   grid: Literal['linear', 'sqrt', 'bfloat16'] = 'linear'
   rounding: Literal['stochastic', 'nearest'] = 'stochastic'
 
   def __post_init__(self):
-    if self.bits not in (4, 8, 16):
-      raise ValueError(f'bits={self.bits} is not supported: choose 4, 8 or 16')
+    choices = [bits for grid, bits in _CODE_DTYPES if grid == self.grid]
+    if not choices:
+      raise ValueError(f"grid={self.grid!r} must be 'linear', 'sqrt' or 'bfloat16'")
+    if self.bits not in choices:
+      raise ValueError(f'bits={self.bits} is not supported with grid={self.grid!r}: choose from {choices}')
     if self.block_size is not None and self.block_size < 1:
       raise ValueError(f'block_size={self.block_size} must be at least 1')
-    if self.grid not in ('linear', 'sqrt', 'bfloat16'):
-      raise ValueError(f"grid={self.grid!r} must be 'linear', 'sqrt' or 'bfloat16'")
+    if self.block_size is not None and not self.has_scales:
+      raise ValueError(f'grid={self.grid!r} has no scales: it takes block_size=None')
     if self.rounding not in ('stochastic', 'nearest'):
       raise ValueError(f"rounding={self.rounding!r} must be 'stochastic' or 'nearest'")
-    if self.grid == 'bfloat16':
-      if self.bits != 16 or not self.signed or self.block_size is not None:
-        raise ValueError("grid='bfloat16' takes bits=16, signed=True and block_size=None")
-    elif (self.bits, self.signed) not in _CODE_DTYPES:
-      raise ValueError(f'unsigned codes of {self.bits} bits are not supported: choose 4 or 8')
-    if self.grid == 'sqrt' and self.signed:
-      raise ValueError("grid='sqrt' stores nonnegative values: it takes signed=False")
 
   @property
   def has_scales(self) -> bool:
@@ -88,9 +84,29 @@ class Format:
     return self.grid != 'bfloat16'
 
   @property
+  def signed(self) -> bool:
+    """Whether values may be negative."""
+    return self.grid != 'sqrt'
+
+  @property
+  def keeps_nonzero(self) -> bool:
+    """Whether what is not zero is never stored as zero, but as too large where it is small."""
+    return self.grid == 'sqrt'
+
+  @property
+  def tells_small_values(self) -> bool:
+    """Whether values far below the largest of their block are told from zero, with relative precision."""
+    return self.grid == 'bfloat16'
+
+  @property
+  def has_low_noise(self) -> bool:
+    """Whether errors are far below 1/254 of the largest value of a block."""
+    return self.grid == 'linear' and self.bits == 16
+
+  @property
   def code_dtype(self) -> np.dtype:
     """The integer dtype of the codes: for bfloat16 and for 4 bits without a sign, one of the same bits."""
-    return jnp.dtype(_CODE_DTYPES[self.bits, self.signed] if self.has_scales else jnp.uint16)
+    return jnp.dtype(_CODE_DTYPES[self.grid, self.bits])
 
   @property
   def max_code(self) -> int:
@@ -120,8 +136,14 @@ class Format:
     """Names of codes and scales in what is saved: all that one must know to read them, which is not the rounding."""
     if not self.has_scales:
       return 'bfloat16', 'no_scales'
-    codes = f'{"" if self.signed else "u"}int{self.bits}{"_sqrt" if self.grid == "sqrt" else ""}'
-    return codes, f'scales_of_{self.block_size}'
+    return f'int{self.bits}' if self.signed else f'uint{self.bits}_sqrt', f'scales_of_{self.block_size}'
+
+  def variants(self, is_nonnegative: bool) -> tuple['Format', ...]:
+    """What to store a field in where this is given for all: the first that holds it, or else the last."""
+    if self.bits < 16:
+      return (dataclasses.replace(self, grid='sqrt') if is_nonnegative else self,)
+    others = (dataclasses.replace(x, rounding=self.rounding) for x in reversed(WIDE))
+    return (*others, self) if is_nonnegative else (self, *others, self)
 
   def with_block_size(self, default: int) -> 'Format':
     """This format with an unset block size replaced by `default`."""
@@ -136,9 +158,10 @@ class Format:
 INT4 = Format(bits=4)
 INT8 = Format(bits=8)
 INT16 = Format(bits=16)
-UINT8_SQRT = Format(bits=8, signed=False, grid='sqrt')
-UINT4_SQRT = Format(bits=4, signed=False, grid='sqrt')
+UINT8_SQRT = Format(bits=8, grid='sqrt')
+UINT4_SQRT = Format(bits=4, grid='sqrt')
 BFLOAT16 = Format(bits=16, grid='bfloat16')
+WIDE = (INT16, BFLOAT16)  # For what 8 bits do not hold, the preferred one first.
 
 
 def largest_divisor(n: int, at_most: int) -> int:
@@ -193,7 +216,7 @@ def choose_blocks(shape: tuple[int, ...], block_size: int) -> BlockGeometry:
 
 
 def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | None:
-  """Why an array of this shape and dtype stays dense by default, or None if it is stored in `format`."""
+  """Why an array stays dense by default, or None if it is stored in `format`, whose block size is filled in."""
   if not jnp.issubdtype(dtype, jnp.floating):
     return 'not floating point'
   size = math.prod(shape)
@@ -201,8 +224,7 @@ def exemption(shape: tuple[int, ...], dtype: np.dtype, format: Format) -> str | 
     return f'under {MIN_SIZE} elements'
   if len(shape) == 1 and size < MIN_SIZE_1D:
     return f'one-dimensional, under {MIN_SIZE_1D} elements'
-  if format.has_scales:
-    target = format.block_size or PARAM_BLOCK_SIZE
-    if choose_blocks(shape, target).size < min(MIN_BLOCK_SIZE, target):
-      return f'no axis has a divisor from {MIN_BLOCK_SIZE} to {target}'
+  target = format.block_size
+  if target is not None and choose_blocks(shape, target).size < min(MIN_BLOCK_SIZE, target):
+    return f'no axis has a divisor from {MIN_BLOCK_SIZE} to {target}'
   return None

@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
-import dataclasses
 from typing import Any
 from typing import Literal
 from typing import NamedTuple
@@ -40,19 +39,6 @@ def check(formats: Formats, fields: Sequence[str] | None = None) -> None:
       raise TypeError(
         f'formats[{name!r}] must be a Format, None, a list of (regex, Format) or a callable, got {format!r}'
       )
-
-
-def _same_for_all(format: Format, is_nonnegative: bool, uses: Collection[_uses.Use]) -> Format:
-  """One Format given for every field, on the grid that a field's values need."""
-  if format.bits < 16:
-    if is_nonnegative and format.signed:
-      return dataclasses.replace(format, signed=False, grid='sqrt')
-    return format
-  holds = lambda x: all(_uses.holds(x, use) for use in uses)
-  if is_nonnegative or not holds(format):
-    others = (dataclasses.replace(x, rounding=format.rounding) for x in (_format.BFLOAT16, _format.INT16))
-    return next((x for x in others if holds(x)), format)
-  return format
 
 
 class Choice(NamedTuple):
@@ -92,8 +78,11 @@ def choose(
     param = _array.format_of(leaf)
     usual = default = known.default_format(e, param, uses)
     where: _array.Where | None = None
-    if formats is None or isinstance(formats, Format):
-      default = formats and _same_for_all(formats, e in known.nonnegative, uses)
+    if formats is None:
+      default = None
+    elif isinstance(formats, Format):
+      variants = formats.variants(e in known.nonnegative)
+      default = next((x for x in variants if _uses.holds(x, *uses)), variants[-1])
     elif isinstance(formats, Mapping) and field in formats:
       wanted = formats[field]
       if wanted is None or isinstance(wanted, Format):
@@ -123,16 +112,13 @@ def _check_field(path: str, format: Format, is_nonnegative: bool, uses: Collecti
   """Raises a ValueError or TypeError if a field cannot be stored in a format."""
   if not format.signed and not is_nonnegative:
     raise ValueError(f'{path}: {format} stores nonnegative values only, and this field may turn negative')
-  broken = [use for use in uses if use.value.is_strict and not _uses.holds(format, use)]
+  strict = [use for use in uses if use.value.is_strict]
+  broken = [use.value.text for use in strict if not _uses.holds(format, use)]
   if broken:
-    own = 'UINT8_SQRT' if is_nonnegative else 'INT8'
-    fit = [
-      name
-      for name in (own, 'INT16', 'BFLOAT16')
-      if all(_uses.holds(getattr(_format, name), use) for use in uses if use.value.is_strict)
-    ]
+    own = _format.UINT8_SQRT if is_nonnegative else _format.INT8
+    fit = [str(x).upper() for x in (own, *_format.WIDE) if _uses.holds(x, *strict)]
     raise ValueError(
-      f'{path}: {format} cannot hold this field, for {"; ".join(use.value.text for use in broken)}: store it in '
+      f'{path}: {format} cannot hold this field, for {"; ".join(broken)}: store it in '
       f'{" or ".join([*fit, "None (dense)"])}'
     )
   if dtype == jnp.float64:

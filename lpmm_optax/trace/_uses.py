@@ -83,7 +83,7 @@ class Uses:
   def default_format(self, entry: int, param: Format | None, uses: Collection[Use]) -> Format | None:
     """The smallest format that holds an entry of these uses; `param` is that of its parameter."""
     own = self._eight_bits(entry, param)
-    return next((x for x in (own, _format.INT16, _format.BFLOAT16) if all(holds(x, use) for use in uses)), None)
+    return next((x for x in (own, *_format.WIDE) if holds(x, *uses)), None)
 
   def reason(self, entry: int, param: Format | None, uses: Collection[Use]) -> str:
     """Why `default_format` is what it is."""
@@ -102,13 +102,13 @@ class Uses:
 
 
 def _tells_small_values(format: Format | None) -> bool:
-  return format is None or format.grid == 'bfloat16'
+  return format is None or format.tells_small_values
 
 
-def holds(format: Format | None, use: Use) -> bool:
-  """Whether a format has what a use takes; None, which is dense, has all."""
-  demand = use.value
-  # What is divided by is never zero on this grid, and too large where it is small.
-  divides = use in (Use.DIVISOR, Use.DEVIATION) and format is not None and format.grid == 'sqrt'
-  tells_small = not demand.small_values or _tells_small_values(format) or divides
-  return tells_small and (not demand.low_noise or format is None or (format.grid == 'linear' and format.bits == 16))
+def holds(format: Format | None, *uses: Use) -> bool:
+  """Whether a format has what all of some uses take; None, which is dense, has all."""
+  if format is None:
+    return True
+  divides = lambda use: use in (Use.DIVISOR, Use.DEVIATION) and format.keeps_nonzero
+  takes_small = lambda use: not use.value.small_values or format.tells_small_values or divides(use)
+  return all(takes_small(use) and (format.has_low_noise or not use.value.low_noise) for use in uses)
