@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
   interpret: bool = False
 
 
-_TRITON, _TPU = Kernel('cuda', _triton), Kernel('tpu', _tpu)
+_KERNELS = Kernel('cuda', _triton), Kernel('tpu', _tpu)
 
 
 def chosen() -> tuple[Kernel, ...]:
@@ -45,7 +45,7 @@ def chosen() -> tuple[Kernel, ...]:
   runs = _targets.chosen()
   return tuple(
     kernel._replace(platform=platform, interpret=platform != kernel.platform)
-    for kernel in (_TRITON, _TPU)
+    for kernel in _KERNELS
     for platform in runs.get(kernel.platform, ())
   )
 
@@ -58,7 +58,7 @@ def without_kernel(leaves: Sequence[Any]) -> dict[str, str]:
   """
   if not any(map(_array.is_quantized, leaves)):
     return {}  # XLA fuses that by itself.
-  reasons = {kernel.platform: kernel.driver.why_not(leaves) for kernel in (_TRITON, _TPU)}
+  reasons = {kernel.platform: kernel.driver.why_not(leaves) for kernel in _KERNELS}
   return {platform: reason for platform, reason in reasons.items() if reason}
 
 
