@@ -39,7 +39,7 @@ def unknown_dtype(leaves: Sequence[Any], known: frozenset[str]) -> str | None:
   return f'arrays of {min(unknown)}' if unknown else None
 
 
-def blocks_of(leaves: Sequence[Any]) -> list[tuple[int, int]]:
+def all_blocks(leaves: Sequence[Any]) -> list[tuple[int, int]]:
   """The (axis, block size) of everything stored in the shape of some leaves."""
   return [block for leaf in leaves for block in _array.blocks_of(leaf)]
 

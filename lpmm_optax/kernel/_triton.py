@@ -42,7 +42,7 @@ def why_not(leaves: Sequence[Any], shape: tuple[int, ...] | None = None) -> str 
     shape: of a shard of them; None is their own.
   """
   shape = leaves[0].shape if shape is None else shape
-  blocks = _body.blocks_of(leaves)
+  blocks = _body.all_blocks(leaves)
   unknown = _body.unknown_dtype(leaves, _DTYPES)
   if unknown:
     return unknown

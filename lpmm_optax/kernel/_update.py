@@ -119,7 +119,7 @@ def update_leaf(
     (new target or delta, new fields).
   """
   slots = [target, *fields]
-  blocks = _body.blocks_of([*slots, gradient.accumulated])
+  blocks = _body.all_blocks([*slots, gradient.accumulated])
   is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
   tilings = _tiles.choose_tilings(target.shape, blocks, target.size if is_dense else static.tile_size)
   dtype = _codec.compute_dtype(target.dtype)
