@@ -244,7 +244,7 @@ def update_in_place(task: _body.Task, interpret: bool) -> Any:
   plan = choose_plan(shape, blocks)
   origin = [jnp.uint32(0)] * len(shape) if origin is None else origin
   # No TPU, to the seventh generation, contracts a product and a sum of vectors.
-  view, barrier = _view.lanes(plan.tile, blocks), zero if interpret else None
+  view, barrier = _view.Lanes(plan.tile), zero if interpret else None
   body = _body.trace(stages, view, shape, values, barrier, origin, reads, writes)
   used = dict.fromkeys([*body.read, *body.written])
   operands = {value: _operand(body.arrays[value], shape, plan) for value in used}

@@ -287,11 +287,6 @@ def with_stored(leaf: Any, arrays: _codec.Stored) -> Any:
   return arrays.codes
 
 
-def whole_codec(leaf: Any) -> _codec.Codec:
-  """The codec for a leaf as one tile."""
-  return codec_of(leaf, _view.cells(leaf.shape, blocks_of(leaf)))
-
-
 def random_bits(
   leaf: Any,
   word: jax.Array,
@@ -410,6 +405,11 @@ def _check_param_format(path: str, leaf: Any, format: Format) -> None:
     raise TypeError(f'{path}: float64 cannot be quantized; cast it to float32 or keep it dense through `where`')
 
 
+def _whole_view(leaf: Any) -> _view.View:
+  """The view of a leaf as one tile."""
+  return _view.cells(leaf.shape, blocks_of(leaf))
+
+
 # Jitted, as is every computation on one leaf: called outside jit, one program per shape instead of one per operation.
 @functools.partial(jax.jit, static_argnames=('format', 'dtype'))
 def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
@@ -423,8 +423,8 @@ def _encode_as(x: jax.Array, target: QuantizedArray, word: jax.Array | None) -> 
 
 def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fresh: bool) -> QuantizedArray:
   """x in the place of what is stored in the target; or of nothing, if it is fresh."""
-  codec: Any = whole_codec(target)
-  view = codec_view(codec)
+  view = _whole_view(target)
+  codec: Any = codec_of(target, view)
   bits = None
   if word is not None:
     bits = random_bits(target, word, view, x.shape, [jax.lax.iota(jnp.uint32, n) for n in x.shape])
@@ -440,13 +440,9 @@ def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fr
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(platforms: tuple[str, ...], x: QuantizedArray) -> jax.Array:
   """The values, float32; platforms: those that decode as a TPU does."""
-
-  def decode(make_view, x):
-    codec = codec_of(x, make_view(x.shape, blocks_of(x)))
-    return codec_view(codec).merge(codec.decode(stored(x)))
-
-  of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.products))
-  default = functools.partial(decode, _view.cells)
+  decode = lambda view, x: view.merge(codec_of(x, view).decode(stored(x)))
+  of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.Products(x.shape)))
+  default = functools.partial(decode, _whole_view(x))
   return lax.platform_dependent(x, default=default, **of_tpu) if of_tpu else default(x)
 
 
@@ -509,11 +505,6 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
     return encode(jnp.asarray(leaf), chosen, word=words.get(path))
 
   return _map_leaves(one, tree, shares_state=False)
-
-
-def codec_view(codec: _codec.Codec) -> _view.View:
-  """The view in which a codec works."""
-  return codec.blocks.view if isinstance(codec, _codec.LinearCodec) else codec.view
 
 
 def dequantize(tree: Any, dtype: Any = None) -> Any:
