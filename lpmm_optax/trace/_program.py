@@ -16,7 +16,6 @@ from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
 import math
@@ -28,6 +27,8 @@ from jax import lax
 from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
+
+from lpmm_optax.storage import _mesh
 
 # By name of a primitive that calls a function once: which of its parameters is that.
 CALLS = {
@@ -59,11 +60,6 @@ _PRODUCTS = frozenset({'integer_pow', 'mul', 'square'})
 _ABSORBS_NOTHING = _PRODUCTS | {'abs', 'bitcast_convert_type', 'convert_element_type', 'round'}
 
 _UINT_OF_BYTES = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
-
-
-def no_mesh() -> contextlib.AbstractContextManager[Any]:
-  """In which no mesh reaches what is traced or computed."""
-  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 # For `Graph.evaluate` where nothing is known of a mesh, as in a kernel: what says along which axes a value varies.
@@ -123,7 +119,7 @@ class Graph:
     if not (is_number and self.uniform[value] and all(self.is_literal(v) or v in self.producers for v in sources)):
       return None
     # In `jax.shard_map`, the mesh of the context has a part in every computation.
-    with jax.ensure_compile_time_eval(), no_mesh():
+    with jax.ensure_compile_time_eval(), _mesh.no_mesh():
       return self.evaluate([value], lambda _: None, rules=WITHOUT_MESH)[value].item()
 
   def elementwise(self, op: Op) -> bool:
