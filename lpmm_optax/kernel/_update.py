@@ -195,14 +195,13 @@ def update_leaf(
   else:
     only_read['target'] = arrays[0]
     writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['target'])
+  task = _tiles.Task(stages, target.shape, blocks, shared, zero, only_read, writes)
   if is_dense:
     # XLA by itself updates arrays in place that are read and written in one dtype.
-    writes = _tiles.update_in_place(stages, tilings, blocks, shared, zero, only_read, writes, fused=True)
+    writes = _tiles.update_in_place(task, tilings, fused=True)
   else:
     leaves = [leaf for leaf in (*slots, gradient.accumulated, gradient.recent, *reads) if leaf is not None]
-    writes = _driver.update_in_place(
-      static.kernels, static.sharding, leaves, stages, tilings, blocks, shared, zero, only_read, writes
-    )
+    writes = _driver.update_in_place(static.kernels, static.sharding, leaves, task, tilings)
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 

@@ -131,9 +131,9 @@ class Run(Cells):
     return super().split_coordinate(coordinate, 0)
 
 
-def run(size: int, block_sizes: Sequence[int]) -> Run:
-  """The cell view of `size` consecutive elements, for arrays blocked along the last axis."""
-  of_axis = cells((size,), [(0, block_size) for block_size in block_sizes])
+def run(size: int, blocks: Sequence[tuple[int, int]]) -> Run:
+  """The cell view of `size` consecutive elements, for flattened arrays blocked along (0, block size)."""
+  of_axis = cells((size,), blocks)
   return Run(of_axis.shape, of_axis.sizes)
 
 
