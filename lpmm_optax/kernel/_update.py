@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lpmm_optax.kernel import _body
 from lpmm_optax.kernel import _driver
@@ -212,27 +211,9 @@ def follow(static: LeafUpdate, template: jax.Array, *args: Any) -> tuple[Any, li
   return _mesh.follow(functools.partial(update_leaf, static), template, *args)
 
 
-def _least(dtype: Any) -> Any:
-  return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
-
-
-def _greatest(dtype: Any) -> Any:
-  return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
-
-
-# By name of the operation: the reduction of a tile, of two tiles' results, and the result of none, by dtype.
-REDUCERS: dict[str, tuple[Callable, Callable, Callable]] = {
-  'reduce_and': (jnp.all, jnp.logical_and, lambda dtype: True),
-  'reduce_max': (jnp.max, jnp.maximum, _least),
-  'reduce_min': (jnp.min, jnp.minimum, _greatest),
-  'reduce_or': (jnp.any, jnp.logical_or, lambda dtype: False),
-  'reduce_sum': (lambda x: jnp.sum(x, dtype=x.dtype), jnp.add, lambda dtype: 0),
-}
-
-
 def neutral(name: str, dtype: Any) -> jax.Array:
   """The reduction of nothing."""
-  return jnp.asarray(REDUCERS[name][2](dtype), dtype)
+  return jnp.asarray(_program.REDUCTIONS[name][2](dtype), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -247,7 +228,7 @@ def reduce_leaf(
   """A reduction of all of `program(gradient, *scalars)` to a scalar of `dtype`, tile by tile."""
   template: Any = gradient.accumulated
   blocks = _array.blocks_of(template)
-  reduce, combine = REDUCERS[name][:2]
+  reduce, combine = _program.REDUCTIONS[name][:2]
 
   def body(tiling, step, total):
     view = _view.cells(tiling.tile_shape, blocks)

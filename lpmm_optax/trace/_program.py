@@ -53,7 +53,23 @@ _ELEMENTWISE = frozenset({
 })
 # fmt: on
 
-REDUCTIONS = frozenset({'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_sum'})
+
+def _least(dtype: Any) -> Any:
+  return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
+
+
+def _greatest(dtype: Any) -> Any:
+  return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+
+
+# By name of the operation: the reduction of a tile, of two tiles' results, and the result of none, by dtype.
+REDUCTIONS: dict[str, tuple[Callable, Callable, Callable]] = {
+  'reduce_and': (jnp.all, jnp.logical_and, lambda dtype: True),
+  'reduce_max': (jnp.max, jnp.maximum, _least),
+  'reduce_min': (jnp.min, jnp.minimum, _greatest),
+  'reduce_or': (jnp.any, jnp.logical_or, lambda dtype: False),
+  'reduce_sum': (lambda x: jnp.sum(x, dtype=x.dtype), jnp.add, lambda dtype: 0),
+}
 
 _PRODUCTS = frozenset({'integer_pow', 'mul', 'square'})
 # What consumes a product without being able to absorb it into a fused multiply-add.
@@ -287,7 +303,7 @@ def _is_cheap(jaxpr: Any) -> bool:
       inner.append(eqn.params[CALLS[eqn.primitive.name]])
     elif eqn.primitive is lax.cond_p:
       inner += eqn.params['branches']
-    elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | REDUCTIONS:
+    elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | REDUCTIONS.keys():
       return False
   return not jaxpr.effects and all(_is_cheap(part) for part in inner)
 
