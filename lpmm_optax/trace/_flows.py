@@ -26,11 +26,10 @@ _LATE = 1_000_000  # A step, when a schedule of a decay has reached its end.
 
 _ROOTS = frozenset({'cbrt', 'log', 'log1p', 'pow', 'rsqrt', 'sqrt'})
 _FORGETS = frozenset({'eq', 'ge', 'gt', 'is_finite', 'le', 'lt', 'ne', 'sign'})
-# Every result is one of the operands' values, elsewhere.
-_MOVES = _program.RESHAPES | {'concatenate', 'dynamic_slice', 'gather', 'rev', 'slice', 'transpose'}
+_MOVES = _program.MOVES | {'concatenate'}
 _COPIES = frozenset({'convert_element_type', 'copy'})
 _CASTS = _COPIES | {'reduce_precision', 'stop_gradient'}
-_PRODUCTS = frozenset({'conv_general_dilated', 'dot_general', 'fft'})
+_MATRIX_PRODUCTS = frozenset({'conv_general_dilated', 'dot_general', 'fft'})
 # fmt: off
 _DECOMPOSITIONS = frozenset({
   'cholesky', 'eig', 'eigh', 'geqp3', 'geqrf', 'hessenberg', 'lu', 'qr', 'schur', 'svd', 'triangular_solve',
@@ -124,7 +123,7 @@ class _Reader:
     if names & _DECOMPOSITIONS:
       self._note(Use.DECOMPOSITION, entries)
     # A product to one number is a sum, in which errors average out; and those of a divisor stay relative.
-    if names & _PRODUCTS and any(self._graph.avals[value].size > 1 for value in op.outputs):
+    if names & _MATRIX_PRODUCTS and any(self._graph.avals[value].size > 1 for value in op.outputs):
       self._note(Use.PRODUCT, flow.above)
     if len(names) > 1 and names & (_ROOTS | {'div'}):
       self._note(Use.DIVISOR, entries)

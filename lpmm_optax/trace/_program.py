@@ -40,17 +40,29 @@ CALLS = {
   'remat2': 'jaxpr',
 }
 
+# What says along which axes of a mesh a value varies.
+_VARIES = frozenset({'pcast', 'pvary'})
+# What gives its operand. An optimization barrier gives several theirs, so who takes the first for it must not know it.
+IDENTITIES = _VARIES | {'copy', 'stop_gradient'}
+# What gives its operand, as near as another format has it.
+CASTS = IDENTITIES | {'convert_element_type', 'reduce_precision'}
+# What only changes the shape of a value that is the same everywhere.
+RESHAPES = frozenset({'broadcast_in_dim', 'expand_dims', 'reshape', 'squeeze'})
+# What gives some of its first operand's elements.
+TAKES = frozenset({'dynamic_slice', 'gather', 'slice'})
+# What gives elements of its first operand, elsewhere.
+MOVES = RESHAPES | TAKES | {'rev', 'transpose'}
+
 # Their result at an index depends on their operands at that index alone, and their parameters name no shape.
 # fmt: off
-_ELEMENTWISE = frozenset({
+_ELEMENTWISE = CASTS | {
   'abs', 'acos', 'acosh', 'add', 'add_any', 'and', 'asin', 'asinh', 'atan', 'atan2', 'atanh', 'bessel_i0e',
-  'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'copy', 'cos', 'cosh',
-  'digamma', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow',
-  'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg', 'nextafter',
-  'not', 'or', 'pcast', 'population_count', 'pow', 'pvary', 'reduce_precision', 'rem', 'round', 'rsqrt', 'select_n',
-  'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin', 'sinh', 'sqrt', 'square',
-  'stop_gradient', 'sub', 'tan', 'tanh', 'xor',
-})
+  'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'cos', 'cosh', 'digamma', 'div', 'eq', 'erf',
+  'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow', 'is_finite', 'le', 'lgamma', 'log',
+  'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg', 'nextafter', 'not', 'or', 'population_count', 'pow',
+  'rem', 'round', 'rsqrt', 'select_n', 'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin',
+  'sinh', 'sqrt', 'square', 'sub', 'tan', 'tanh', 'xor',
+}
 # fmt: on
 
 
@@ -78,11 +90,8 @@ _ABSORBS_NOTHING = _PRODUCTS | {'abs', 'bitcast_convert_type', 'convert_element_
 _UINT_OF_BYTES = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
-# For `Graph.evaluate` where nothing is known of a mesh, as in a kernel: what says along which axes a value varies.
-WITHOUT_MESH = {'pcast': lambda x, **_: x, 'pvary': lambda x, **_: x}
-
-# What only changes the shape of a value that is the same everywhere.
-RESHAPES = frozenset({'broadcast_in_dim', 'expand_dims', 'reshape', 'squeeze'})
+# For `Graph.evaluate` where nothing is known of a mesh, as in a kernel.
+WITHOUT_MESH = dict.fromkeys(_VARIES, lambda x, **_: x)
 
 
 @dataclasses.dataclass(frozen=True)
