@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
-from typing import NamedTuple
 
 import jax
 from jax import lax
@@ -39,33 +38,9 @@ def unknown_dtype(leaves: Sequence[Any], known: frozenset[str]) -> str | None:
   return f'arrays of {min(unknown)}' if unknown else None
 
 
-def blocks_of(leaves: Sequence[Any]) -> list[tuple[int, int]]:
+def all_blocks(leaves: Sequence[Any]) -> list[tuple[int, int]]:
   """The (axis, block size) of everything stored in the shape of some leaves."""
   return [block for leaf in leaves for block in _array.blocks_of(leaf)]
-
-
-class Task(NamedTuple):
-  """What a kernel does: a staged update of all tiles of a leaf, or of one device's shard of it.
-
-  Attributes:
-    stages: of the update.
-    shape: of the leaf.
-    blocks: (axis, block size) of everything stored in its shape.
-    values: small arrays that all tiles share.
-    zero: uint32[], zero at run time.
-    reads: arrays that are only read.
-    writes: arrays that are replaced; donated ones are overwritten in place.
-    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
-  """
-
-  stages: _tiles.MakeStages
-  shape: tuple[int, ...]
-  blocks: Sequence[tuple[int, int]]
-  values: Any
-  zero: jax.Array
-  reads: Any
-  writes: Any
-  origin: Sequence[jax.Array] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,28 +89,10 @@ class Body:
     return {value: new[output] for value, output in zip(self.written, outputs, strict=True)}
 
 
-def trace(
-  stages: _tiles.MakeStages,
-  view: _view.View,
-  shape: tuple[int, ...],
-  values: Any,
-  zero: jax.Array | None,
-  origin: Sequence[jax.Array],
-  reads: Any,
-  writes: Any,
-) -> Body:
-  """The stages of an update as the body of a kernel.
-
-  Args:
-    stages: of the update.
-    view: of a tile.
-    shape: of the leaf.
-    values: small arrays that all tiles share.
-    zero: uint32[], zero at run time, or None where the kernel's compiler contracts no products.
-    origin: per axis, uint32[], the coordinate of the first element of the arrays.
-    reads: arrays that are only read.
-    writes: arrays that are replaced.
-  """
+def trace(task: _tiles.Task, view: _view.View) -> Body:
+  """The stages of an update as the body of a kernel, which sees a tile through a view."""
+  stages, shape, _, values, zero, reads, writes, origin = task
+  origin = [jnp.uint32(0)] * len(shape) if origin is None else origin
   tile_of = lambda x: tuple(t * m // n for t, n, m in zip(view.shape, shape, x.shape, strict=True))
   # All vary along the same manual axes, or none.
   template = lambda x, shape: _mesh.template(x, x.dtype).update(shape=shape)

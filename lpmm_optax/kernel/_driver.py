@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
   interpret: bool = False
 
 
-_TRITON, _TPU = Kernel('cuda', _triton), Kernel('tpu', _tpu)
+_KERNELS = Kernel('cuda', _triton), Kernel('tpu', _tpu)
 
 
 def chosen() -> tuple[Kernel, ...]:
@@ -45,7 +45,7 @@ def chosen() -> tuple[Kernel, ...]:
   runs = _targets.chosen()
   return tuple(
     kernel._replace(platform=platform, interpret=platform != kernel.platform)
-    for kernel in (_TRITON, _TPU)
+    for kernel in _KERNELS
     for platform in runs.get(kernel.platform, ())
   )
 
@@ -58,7 +58,7 @@ def without_kernel(leaves: Sequence[Any]) -> dict[str, str]:
   """
   if not any(map(_array.is_quantized, leaves)):
     return {}  # XLA fuses that by itself.
-  reasons = {kernel.platform: kernel.driver.why_not(leaves) for kernel in (_TRITON, _TPU)}
+  reasons = {kernel.platform: kernel.driver.why_not(leaves) for kernel in _KERNELS}
   return {platform: reason for platform, reason in reasons.items() if reason}
 
 
@@ -66,56 +66,41 @@ def update_in_place(
   kernels: Sequence[Kernel],
   sharding: jax.sharding.NamedSharding | None,
   leaves: Sequence[Any],
-  stages: _tiles.MakeStages,
+  task: _tiles.Task,
   tilings: list[_tiles.Tiling],
-  blocks: list[tuple[int, int]],
-  values: Any,
-  zero: jax.Array,
-  reads: Any,
-  writes: Any,
 ) -> Any:
-  """Runs a staged update over all tiles of a leaf.
+  """The new `task.writes`, by whoever suits the leaf.
 
   Args:
     kernels: what may run it, besides the loop.
     sharding: of the leaf, where types say it.
-    leaves: whose arrays `reads` and `writes` are, QuantizedArrays and dense arrays of one shape.
-    stages: of the update.
+    leaves: whose arrays `task.reads` and `task.writes` are, QuantizedArrays and dense arrays of one shape.
+    task: what is updated.
     tilings: of the leaf, for the loop.
-    blocks: (axis, block size) of everything stored in its shape.
-    values: small arrays that all tiles share.
-    zero: uint32[], zero at run time.
-    reads: arrays that are only read.
-    writes: arrays that are replaced; donated ones are overwritten in place.
-
-  Returns:
-    The new `writes`.
   """
-  args = values, zero, reads, writes
-  shape = tilings[0].shape
+  stages, shape, blocks, *args, _ = task
 
-  def loop(values, zero, reads, writes):
-    return _tiles.update_in_place(stages, tilings, blocks, values, zero, reads, writes, fused=False)
+  def loop(*args):
+    return _tiles.update_in_place(_tiles.Task(stages, shape, blocks, *args), tilings, fused=False)
 
   def run_kernel(kernel, shape, origin, values, zero, reads, writes):
     axes = _mesh.varying_axes(values, reads, writes)
     args = _mesh.vary((values, zero, reads, writes, origin), axes)
-    return kernel.driver.update_in_place(_body.Task(stages, shape, blocks, *args), kernel.interpret)
+    return kernel.driver.update_in_place(_tiles.Task(stages, shape, blocks, *args), kernel.interpret)
 
-  def run_shard(kernel, shape, origin, values, zero, reads, writes):
+  def run_shard(kernel, shape, origin, *args):
     """The update of one device's shard, of `shape`, whose first element has the coordinates `origin`."""
     if kernel.driver.why_not(leaves, shape) is None:
-      return run_kernel(kernel, shape, origin, values, zero, reads, writes)
+      return run_kernel(kernel, shape, origin, *args)
     tile_size = math.prod(tilings[0].tile_shape) * math.prod(shape) // math.prod(tilings[0].shape)
     local = _tiles.choose_tilings(shape, blocks, max(tile_size, 1))
-    move = lambda coordinates: [x + at for x, at in zip(coordinates, origin, strict=True)]
-    moved = lambda *args: stages(*args).moved(move)
-    return _tiles.update_in_place(moved, local, blocks, values, zero, reads, writes, fused=False)
+    shard = _tiles.Task(stages, shape, blocks, *args)._replace(origin=origin)
+    return _tiles.update_in_place(shard, local, fused=False)
 
   mesh = jax.sharding.get_abstract_mesh()
   is_partly_manual = 0 < len(mesh.manual_axes) < len(mesh.axis_names)
   is_split = jax.device_count() > 1 and not mesh.manual_axes
-  is_wide = any(x.dtype.itemsize > 4 for x in jax.tree.leaves(values))  # With jax_enable_x64.
+  is_wide = any(x.dtype.itemsize > 4 for x in jax.tree.leaves(task.values))  # With jax_enable_x64.
   if is_partly_manual or is_wide:
     return loop(*args)
 

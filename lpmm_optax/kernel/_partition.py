@@ -7,7 +7,6 @@ sharded, and else in `jax.custom_partitioning`, which asks XLA.
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import math
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ from jax.experimental import custom_partitioning
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+
+from lpmm_optax.storage import _mesh
 
 # Whose compilers call back to split what they do not know; that for TPUs does not: jax-ml/jax issue 38196.
 PLATFORMS = frozenset({'cpu', 'cuda'})
@@ -32,14 +33,13 @@ def by_known_shard(run_shard: Callable, sharding: NamedSharding, shape: tuple[in
   """
 
   def call(*args):
-    spec = _even(sharding.mesh, sharding.spec, [shape, *(x.shape for x in jax.tree.leaves(args[shared:]))])
+    even = _mesh.reshard_for(sharding, shape, *(x.shape for x in jax.tree.leaves(args[shared:])))
 
     def local(*args):
-      return run_shard(*_place(sharding.mesh, spec, shape), *args)
+      return run_shard(*_place(even, shape), *args)
 
-    split = PartitionSpec(*spec)
-    specs = (PartitionSpec(),) * shared + (split,) * (len(args) - shared)
-    return jax.shard_map(local, in_specs=specs, out_specs=split, check_vma=False)(*args)
+    specs = (PartitionSpec(),) * shared + (even.spec,) * (len(args) - shared)
+    return jax.shard_map(local, in_specs=specs, out_specs=even.spec, check_vma=False)(*args)
 
   return call
 
@@ -70,16 +70,15 @@ def by_shard(
     def partition(mesh, arg_shapes, result_shape):
       del result_shape
       whole = next(x for x in arg_shapes[first:] if x.shape == shape)
-      spec = _even(mesh, whole.sharding.spec, [x.shape for x in arg_shapes[first:]])
+      even = _mesh.reshard_for(whole.sharding, *(x.shape for x in arg_shapes[first:]))
 
       def lower(*flat):
         # What XLA calls back runs under the mesh of whoever compiles, whose explicit axes do not concern a shard.
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-          return tuple(jax.tree.leaves(run_shard(*_place(mesh, spec, shape), *jax.tree.unflatten(tree, flat))))
+        with _mesh.no_mesh():
+          return tuple(jax.tree.leaves(run_shard(*_place(even, shape), *jax.tree.unflatten(tree, flat))))
 
-      split, replicated = NamedSharding(mesh, PartitionSpec(*spec)), NamedSharding(mesh, PartitionSpec())
-      args = (replicated,) * first + (split,) * (len(flat) - first)
-      return mesh, lower, (split,) * len(outputs), args
+      args = (_mesh.replicated(mesh),) * first + (even,) * (len(flat) - first)
+      return mesh, lower, (even,) * len(outputs), args
 
     partitioned.def_partition(partition=partition, sharding_rule=_rule([x.shape for x in flat], first, len(outputs)))
 
@@ -99,34 +98,18 @@ def by_shard(
   return call
 
 
-def _names(names: Any) -> tuple[str, ...]:
-  """The mesh axes of an entry of a PartitionSpec."""
-  return names if isinstance(names, tuple) else () if names is None else (names,)
-
-
-def _parts(mesh: Any, names: Any) -> int:
-  return math.prod(mesh.shape[name] for name in _names(names))
-
-
-def _index(mesh: Any, names: Any) -> jax.Array:
+def _index(mesh: Any, names: Sequence[str]) -> jax.Array:
   """Which part along some mesh axes this device has."""
   index = jnp.uint32(0)
-  for name in _names(names):
+  for name in names:
     index = index * jnp.uint32(mesh.shape[name]) + lax.axis_index(name).astype(jnp.uint32)
   return index
 
 
-def _place(mesh: Any, spec: Sequence[Any], shape: tuple[int, ...]) -> tuple[tuple[int, ...], list[jax.Array]]:
+def _place(sharding: NamedSharding, shape: tuple[int, ...]) -> tuple[tuple[int, ...], list[jax.Array]]:
   """The shape of this device's shard, and per axis the coordinate of its first element, uint32[]."""
-  local = tuple(n // _parts(mesh, names) for n, names in zip(shape, spec, strict=True))
-  return local, [_index(mesh, names) * jnp.uint32(n) for names, n in zip(spec, local, strict=True)]
-
-
-def _even(mesh: Any, spec: PartitionSpec, shapes: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
-  """The spec, replicated along axes that some array cannot split evenly."""
-  padded = (*spec, *(None,) * (len(shapes[0]) - len(spec)))
-  fits = lambda axis, names: all(shape[axis] % _parts(mesh, names) == 0 for shape in shapes)
-  return tuple(names if fits(axis, names) else None for axis, names in enumerate(padded))
+  local, entries = sharding.shard_shape(shape), map(_mesh.names_in, sharding.spec)
+  return local, [_index(sharding.mesh, names) * jnp.uint32(n) for names, n in zip(entries, local, strict=True)]
 
 
 def _rule(shapes: Sequence[tuple[int, ...]], first: int, outputs: int) -> str:

@@ -109,7 +109,7 @@ class Tiling:
     return out
 
 
-def choose_tilings(shape: tuple[int, ...], blocks: list[tuple[int, int]], tile_size: int) -> list[Tiling]:
+def choose_tilings(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]], tile_size: int) -> list[Tiling]:
   """Cuts an array into tiles of at most `tile_size` elements where its shape allows.
 
   Args:
@@ -198,35 +198,44 @@ class Stages(NamedTuple):
 MakeStages = Callable[[_view.View, Any, jax.Array | None], Stages]
 
 
-def update_in_place(
-  stages: MakeStages,
-  tilings: list[Tiling],
-  blocks: Sequence[tuple[int, int]],
-  values: Any,
-  zero: jax.Array,
-  reads: Any,
-  writes: Any,
-  fused: bool,
-) -> Any:
-  """Runs a staged update over all tiles of a leaf.
+class Task(NamedTuple):
+  """A staged update of all tiles of a leaf, or of one device's shard of it.
 
-  Args:
+  Attributes:
     stages: of the update.
-    tilings: of the leaf.
+    shape: of the leaf.
     blocks: (axis, block size) of everything stored in its shape.
     values: small arrays that all tiles share.
-    zero: uint32[], zero at run time.
+    zero: uint32[], zero at run time, or None for a compiler that contracts no products.
     reads: arrays that are only read.
     writes: arrays that are replaced; donated ones are overwritten in place.
-    fused: whether XLA may fuse the stages as it likes, without a loop; for a leaf in one tile.
-
-  Returns:
-    The new `writes`.
+    origin: per axis, uint32[], the coordinate of the first element, where the leaf is a shard; None is zero.
   """
-  writes = _mesh.vary(writes, _mesh.varying_axes(reads, writes))
+
+  stages: MakeStages
+  shape: tuple[int, ...]
+  blocks: Sequence[tuple[int, int]]
+  values: Any
+  zero: Any
+  reads: Any
+  writes: Any
+  origin: Sequence[jax.Array] | None = None
+
+
+def update_in_place(task: Task, tilings: list[Tiling], fused: bool) -> Any:
+  """The new `task.writes`, tile by tile.
+
+  Args:
+    task: what is updated.
+    tilings: of the leaf.
+    fused: whether XLA may fuse the stages as it likes, without a loop; for a leaf in one tile.
+  """
+  origin = task.origin
+  move = lambda own: own if origin is None else [x + at for x, at in zip(own, origin, strict=True)]
+  writes = _mesh.vary(task.writes, _mesh.varying_axes(task.reads, task.writes))
   for tiling in tilings:
-    of_tile = stages(_view.cells(tiling.tile_shape, blocks), values, zero)
-    writes = _update_lot(of_tile, tiling, zero, reads, writes, fused)
+    stages = task.stages(_view.cells(tiling.tile_shape, task.blocks), task.values, task.zero)
+    writes = _update_lot(stages.moved(move), tiling, task.zero, task.reads, writes, fused)
   return writes
 
 

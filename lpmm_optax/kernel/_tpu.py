@@ -22,6 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.kernel import _body
+from lpmm_optax.kernel import _tiles
 from lpmm_optax.storage import _view
 
 # Of a vector: rows of the smallest dtype, which packs four of them into one row of 32 bits, and lanes.
@@ -72,7 +73,7 @@ def why_not(leaves: Sequence[Any], shape: tuple[int, ...] | None = None) -> str 
     shape: of a shard of them; None is their own.
   """
   shape = leaves[0].shape if shape is None else shape
-  blocks = _body.blocks_of(leaves)
+  blocks = _body.all_blocks(leaves)
   unknown = _body.unknown_dtype(leaves, _DTYPES)
   if unknown:
     return unknown
@@ -229,7 +230,7 @@ class _Operand:
     return self.turn(x.astype(jnp.uint32)).astype(x.dtype) if self.is_turned else x
 
 
-def update_in_place(task: _body.Task, interpret: bool) -> Any:
+def update_in_place(task: _tiles.Task, interpret: bool) -> Any:
   """The new `task.writes`, where `why_not` has nothing against it.
 
   Args:
@@ -240,12 +241,10 @@ def update_in_place(task: _body.Task, interpret: bool) -> Any:
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as plt
 
-  stages, shape, blocks, values, zero, reads, writes, origin = task
-  plan = choose_plan(shape, blocks)
-  origin = [jnp.uint32(0)] * len(shape) if origin is None else origin
+  shape = task.shape
+  plan = choose_plan(shape, task.blocks)
   # No TPU, to the seventh generation, contracts a product and a sum of vectors.
-  view, barrier = _view.lanes(plan.tile, blocks), zero if interpret else None
-  body = _body.trace(stages, view, shape, values, barrier, origin, reads, writes)
+  body = _body.trace(task if interpret else task._replace(zero=None), _view.Lanes(plan.tile))
   used = dict.fromkeys([*body.read, *body.written])
   operands = {value: _operand(body.arrays[value], shape, plan) for value in used}
   laid_out = [value for value in used if operands[value].is_laid_out]
@@ -300,7 +299,7 @@ def update_in_place(task: _body.Task, interpret: bool) -> Any:
     name='lpmm_update',
   )(body.words[None], *(operands[value].turn(body.arrays[value]) for value in body.read))
   new = [operands[value].turn(x) for value, x in zip(body.written, new, strict=True)]
-  return jax.tree.unflatten(jax.tree.structure(writes), new)
+  return jax.tree.unflatten(jax.tree.structure(task.writes), new)
 
 
 def _operand(x: jax.Array, shape: tuple[int, ...], plan: Plan) -> _Operand:

@@ -20,6 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from lpmm_optax.kernel import _body
+from lpmm_optax.kernel import _tiles
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _view
 
@@ -42,7 +43,7 @@ def why_not(leaves: Sequence[Any], shape: tuple[int, ...] | None = None) -> str 
     shape: of a shard of them; None is their own.
   """
   shape = leaves[0].shape if shape is None else shape
-  blocks = _body.blocks_of(leaves)
+  blocks = _body.all_blocks(leaves)
   unknown = _body.unknown_dtype(leaves, _DTYPES)
   if unknown:
     return unknown
@@ -91,40 +92,38 @@ def choose_lots(size: int, tile: int) -> list[Lot]:
   return [*lots, Lot(small, (size - rest) // small, rest // small)] if rest else lots
 
 
-def update_in_place(task: _body.Task, interpret: bool) -> Any:
+def update_in_place(task: _tiles.Task, interpret: bool) -> Any:
   """The new `task.writes`, where `why_not` has nothing against it.
 
   Args:
     task: what is updated.
     interpret: whether JAX runs the kernel, on any platform and slowly, rather than Triton.
   """
-  stages, shape, blocks, values, zero, reads, writes, origin = task
-  size = math.prod(shape)
-  whole = writes
-  reads, writes = jax.tree.map(lambda x: x.reshape(-1), (reads, writes))
+  size = math.prod(task.shape)
 
   def move(origin, coordinates):
     if origin is None:
       return coordinates
     (number,) = coordinates
     own: list[jax.Array] = []
-    for n, start in zip(reversed(shape), reversed(origin), strict=True):
+    for n, start in zip(reversed(task.shape), reversed(origin), strict=True):
       own.insert(0, number % jnp.uint32(n) + start)
       number = number // jnp.uint32(n)
     return own
 
   def of_run(view, shared, zero):
     values, origin = shared
-    return stages(view, values, zero).moved(functools.partial(move, origin))
+    return task.stages(view, values, zero).moved(functools.partial(move, origin))
 
+  reads, writes = jax.tree.map(lambda x: x.reshape(-1), (task.reads, task.writes))
+  blocks = [(0, size) for _, size in task.blocks]
+  zero = task.zero if interpret else None
+  row = _tiles.Task(of_run, (size,), blocks, (task.values, task.origin), zero, reads, writes)
   lots = choose_lots(size, max(ELEMENTS, _unit(blocks)))
   for lot in lots:
-    view = _view.run(lot.tile, [size for _, size in blocks])
-    barrier = zero if interpret else None
-    body = _body.trace(of_run, view, (size,), (values, origin), barrier, [jnp.uint32(0)], reads, writes)
-    new = _update_lot(body, size, lot, len(lots) == 1, interpret)
-    writes = jax.tree.unflatten(jax.tree.structure(writes), new)
-  return jax.tree.map(lambda x, new: new.reshape(x.shape), whole, writes)
+    new = _update_lot(_body.trace(row, _view.run(lot.tile, blocks)), size, lot, len(lots) == 1, interpret)
+    row = row._replace(writes=jax.tree.unflatten(jax.tree.structure(writes), new))
+  return jax.tree.map(lambda x, new: new.reshape(x.shape), task.writes, row.writes)
 
 
 def _update_lot(body: _body.Body, size: int, lot: Lot, is_only: bool, interpret: bool) -> list[jax.Array]:

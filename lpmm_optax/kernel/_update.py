@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lpmm_optax.kernel import _body
 from lpmm_optax.kernel import _driver
@@ -119,7 +118,7 @@ def update_leaf(
     (new target or delta, new fields).
   """
   slots = [target, *fields]
-  blocks = _body.blocks_of([*slots, gradient.accumulated])
+  blocks = _body.all_blocks([*slots, gradient.accumulated])
   is_dense = not any(_array.is_quantized(leaf) for leaf in slots)
   tilings = _tiles.choose_tilings(target.shape, blocks, target.size if is_dense else static.tile_size)
   dtype = _codec.compute_dtype(target.dtype)
@@ -195,14 +194,13 @@ def update_leaf(
   else:
     only_read['target'] = arrays[0]
     writes['delta'] = jax.tree.map(jnp.zeros_like, only_read['target'])
+  task = _tiles.Task(stages, target.shape, blocks, shared, zero, only_read, writes)
   if is_dense:
     # XLA by itself updates arrays in place that are read and written in one dtype.
-    writes = _tiles.update_in_place(stages, tilings, blocks, shared, zero, only_read, writes, fused=True)
+    writes = _tiles.update_in_place(task, tilings, fused=True)
   else:
     leaves = [leaf for leaf in (*slots, gradient.accumulated, gradient.recent, *reads) if leaf is not None]
-    writes = _driver.update_in_place(
-      static.kernels, static.sharding, leaves, stages, tilings, blocks, shared, zero, only_read, writes
-    )
+    writes = _driver.update_in_place(static.kernels, static.sharding, leaves, task, tilings)
   new = _array.with_stored(target, writes['target' if static.in_place else 'delta'])
   return new, [_array.with_stored(leaf, arrays) for leaf, arrays in zip(fields, writes['fields'], strict=True)]
 
@@ -213,27 +211,9 @@ def follow(static: LeafUpdate, template: jax.Array, *args: Any) -> tuple[Any, li
   return _mesh.follow(functools.partial(update_leaf, static), template, *args)
 
 
-def _least(dtype: Any) -> Any:
-  return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
-
-
-def _greatest(dtype: Any) -> Any:
-  return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
-
-
-# By name of the operation: the reduction of a tile, of two tiles' results, and the result of none, by dtype.
-REDUCERS: dict[str, tuple[Callable, Callable, Callable]] = {
-  'reduce_and': (jnp.all, jnp.logical_and, lambda dtype: True),
-  'reduce_max': (jnp.max, jnp.maximum, _least),
-  'reduce_min': (jnp.min, jnp.minimum, _greatest),
-  'reduce_or': (jnp.any, jnp.logical_or, lambda dtype: False),
-  'reduce_sum': (lambda x: jnp.sum(x, dtype=x.dtype), jnp.add, lambda dtype: 0),
-}
-
-
 def neutral(name: str, dtype: Any) -> jax.Array:
   """The reduction of nothing."""
-  return jnp.asarray(REDUCERS[name][2](dtype), dtype)
+  return jnp.asarray(_program.REDUCTIONS[name][2](dtype), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -248,7 +228,7 @@ def reduce_leaf(
   """A reduction of all of `program(gradient, *scalars)` to a scalar of `dtype`, tile by tile."""
   template: Any = gradient.accumulated
   blocks = _array.blocks_of(template)
-  reduce, combine = REDUCERS[name][:2]
+  reduce, combine = _program.REDUCTIONS[name][:2]
 
   def body(tiling, step, total):
     view = _view.cells(tiling.tile_shape, blocks)

@@ -412,6 +412,11 @@ def _check_param_format(path: str, leaf: Any, format: Format) -> None:
     raise TypeError(f'{path}: float64 cannot be quantized; cast it to float32 or keep it dense through `where`')
 
 
+def _whole_view(leaf: Any) -> _view.View:
+  """The view of a leaf as one tile."""
+  return _view.cells(leaf.shape, blocks_of(leaf))
+
+
 # Jitted, as is every computation on one leaf: called outside jit, one program per shape instead of one per operation.
 @functools.partial(jax.jit, static_argnames=('format', 'dtype'))
 def _encode(x: jax.Array, format: Format, dtype: Any, word: jax.Array | None) -> QuantizedArray:
@@ -425,7 +430,7 @@ def _encode_as(x: jax.Array, target: QuantizedArray, word: jax.Array | None) -> 
 
 def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fresh: bool) -> QuantizedArray:
   """x in the place of what is stored in the target; or of nothing, if it is fresh."""
-  view = _view.cells(target.shape, blocks_of(target))
+  view = _whole_view(target)
   codec: Any = codec_of(target, view)
   bits = None
   if word is not None:
@@ -442,13 +447,9 @@ def _rounded(x: jax.Array, target: QuantizedArray, word: jax.Array | None, is_fr
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(platforms: tuple[str, ...], x: QuantizedArray) -> jax.Array:
   """The values, float32; platforms: those that decode as a TPU does."""
-
-  def decode(make_view, x):
-    codec = codec_of(x, make_view(x.shape, blocks_of(x)))
-    return codec.view.merge(codec.decode(stored(x)))
-
-  of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.products))
-  default = functools.partial(decode, _view.cells)
+  decode = lambda view, x: view.merge(codec_of(x, view).decode(stored(x)))
+  of_tpu = dict.fromkeys(platforms, functools.partial(decode, _view.Products(x.shape)))
+  default = functools.partial(decode, _whole_view(x))
   return lax.platform_dependent(x, default=default, **of_tpu) if of_tpu else default(x)
 
 

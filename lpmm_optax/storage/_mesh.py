@@ -7,6 +7,7 @@ devices have values of their own; what meets in a loop or a branch must agree in
 """
 
 from collections.abc import Callable
+import contextlib
 import math
 from typing import Any
 
@@ -15,6 +16,11 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+
+
+def no_mesh() -> contextlib.AbstractContextManager[Any]:
+  """In which no mesh reaches what is traced or computed."""
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
@@ -26,18 +32,18 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
   return sharding if explicit else None
 
 
-def reshard_for(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-  """The same sharding for another array of that rank, replicated along axes that it cannot split evenly."""
-  sizes = dict(sharding.mesh.shape)
+def names_in(entry: Any) -> tuple[str, ...]:
+  """The mesh axes of an entry of a PartitionSpec."""
+  return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
-  def fits(names, n):
-    names = names if isinstance(names, tuple) else (names,)
-    return n % math.prod(sizes[name] for name in names if name is not None) == 0
 
-  spec = (*sharding.spec, *(None,) * (len(shape) - len(sharding.spec)))
-  return NamedSharding(
-    sharding.mesh, PartitionSpec(*(names if fits(names, n) else None for names, n in zip(spec, shape, strict=True)))
-  )
+def reshard_for(sharding: NamedSharding, *shapes: tuple[int, ...]) -> NamedSharding:
+  """The same sharding for other arrays of that rank, replicated along axes that one of them cannot split evenly."""
+  lengths = [math.gcd(*of_axis) for of_axis in zip(*shapes, strict=True)]
+  spec = (*sharding.spec, *(None,) * (len(lengths) - len(sharding.spec)))
+  fits = lambda entry, n: n % math.prod(sharding.mesh.shape[name] for name in names_in(entry)) == 0
+  even = (entry if fits(entry, n) else None for entry, n in zip(spec, lengths, strict=True))
+  return NamedSharding(sharding.mesh, PartitionSpec(*even))
 
 
 def follow(fn: Callable, template: Any, *args: Any) -> Any:

@@ -4,7 +4,6 @@ A driver chooses the view that its platform computes well in; the arithmetic is 
 """
 
 import abc
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import math
@@ -53,10 +52,6 @@ class View(abc.ABC):
   @abc.abstractmethod
   def absmax(self, x: jax.Array, axis: int, size: int) -> jax.Array:
     """float32 in view, without NaN, to the largest magnitude in each block of `size` elements along `axis`."""
-
-
-# Of a tile's shape and the (axis, block size) of what is stored in it.
-MakeView = Callable[[tuple[int, ...], Sequence[tuple[int, int]]], View]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +131,9 @@ class Run(Cells):
     return super().split_coordinate(coordinate, 0)
 
 
-def run(size: int, block_sizes: Sequence[int]) -> Run:
-  """The cell view of `size` consecutive elements, for arrays blocked along the last axis."""
-  of_axis = cells((size,), [(0, block_size) for block_size in block_sizes])
+def run(size: int, blocks: Sequence[tuple[int, int]]) -> Run:
+  """The cell view of `size` consecutive elements, for flattened arrays blocked along (0, block size)."""
+  of_axis = cells((size,), blocks)
   return Run(of_axis.shape, of_axis.sizes)
 
 
@@ -244,18 +239,6 @@ class Products(Lanes):
     return jnp.where(spread < 0, np.float32(np.nan), spread)
 
 
-def products(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Products:
-  """The product view of an array."""
-  del blocks
-  return Products(shape)
-
-
 def suits_products(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> bool:
   """Whether the product view is good for an array: it takes as many products per element as a row has blocks."""
   return all(shape[axis] // size <= _MOST_PRODUCTS for axis, size in blocks if axis == len(shape) - 1)
-
-
-def lanes(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Lanes:
-  """The lane view of a tile."""
-  del blocks
-  return Lanes(shape)

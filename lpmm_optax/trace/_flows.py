@@ -26,11 +26,10 @@ _LATE = 1_000_000  # A step, when a schedule of a decay has reached its end.
 
 _ROOTS = frozenset({'cbrt', 'log', 'log1p', 'pow', 'rsqrt', 'sqrt'})
 _FORGETS = frozenset({'eq', 'ge', 'gt', 'is_finite', 'le', 'lt', 'ne', 'sign'})
-# Every result is one of the operands' values, elsewhere.
-_MOVES = _program.RESHAPES | {'concatenate', 'dynamic_slice', 'gather', 'rev', 'slice', 'transpose'}
-_COPIES = frozenset({'convert_element_type', 'copy'})
-_CASTS = _COPIES | {'reduce_precision', 'stop_gradient'}
-_PRODUCTS = frozenset({'conv_general_dilated', 'dot_general', 'fft'})
+_MOVES = _program.MOVES | {'concatenate'}
+# What starts as its parameter has that's codes, though not once it is rounded.
+_COPIES = _program.CASTS - {'reduce_precision'}
+_MATRIX_PRODUCTS = frozenset({'conv_general_dilated', 'dot_general', 'fft'})
 # fmt: off
 _DECOMPOSITIONS = frozenset({
   'cholesky', 'eig', 'eigh', 'geqp3', 'geqrf', 'hessenberg', 'lu', 'qr', 'schur', 'svd', 'triangular_solve',
@@ -109,7 +108,7 @@ class _Reader:
 
   def source(self, value: int) -> int:
     """The value that this one is a copy of."""
-    return _source(self._graph, value, _CASTS)
+    return _source(self._graph, value, _program.CASTS)
 
   def _note(self, use: Use, entries: Iterable[int]) -> None:
     for e in entries:
@@ -124,7 +123,7 @@ class _Reader:
     if names & _DECOMPOSITIONS:
       self._note(Use.DECOMPOSITION, entries)
     # A product to one number is a sum, in which errors average out; and those of a divisor stay relative.
-    if names & _PRODUCTS and any(self._graph.avals[value].size > 1 for value in op.outputs):
+    if names & _MATRIX_PRODUCTS and any(self._graph.avals[value].size > 1 for value in op.outputs):
       self._note(Use.PRODUCT, flow.above)
     if len(names) > 1 and names & (_ROOTS | {'div'}):
       self._note(Use.DIVISOR, entries)
@@ -220,7 +219,7 @@ class _Reader:
 
     def find_slope(op: _program.Op) -> float:
       first, *rest = op.inputs
-      if op.name in _CASTS | _program.RESHAPES:
+      if op.name in _program.CASTS | _program.RESHAPES:
         return slope(first)
       if op.name == 'select_n':  # Of what a step may do, that which forgets most.
         found = [slope(case) for case in rest]
@@ -260,7 +259,7 @@ class _LateNumbers:
       return math.nan
     try:
       with jax.ensure_compile_time_eval():
-        return float(self._graph.evaluate([value], self._argument)[value])
+        return float(self._graph.evaluate([value], self._argument, rules=_program.WITHOUT_MESH)[value])
     except _UnknownError:
       return math.nan
 
@@ -273,7 +272,7 @@ class _LateNumbers:
     if value not in self._shared or jnp.issubdtype(self._graph.avals[value].dtype, jnp.integer):
       raise _UnknownError
     start = self._init.outputs[self._shared[value]]
-    return self._init.evaluate([start], self._at_start)[start]
+    return self._init.evaluate([start], self._at_start, rules=_program.WITHOUT_MESH)[start]
 
   def _at_start(self, value: int) -> Any:
     if value not in self._init.known:

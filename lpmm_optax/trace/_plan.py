@@ -150,7 +150,7 @@ def _explained(inner_method: str, fn: Any, *args: Any) -> Any:
   axis_types = [x.manual_axis_type for x in jax.tree.leaves(args)]
   is_manual = any(t is not None and t.varying for t in axis_types)
   try:
-    with jax.numpy_dtype_promotion('standard'), contextlib.nullcontext() if is_manual else _program.no_mesh():
+    with jax.numpy_dtype_promotion('standard'), contextlib.nullcontext() if is_manual else _mesh.no_mesh():
       return _program.trace(fn, *args)
   except Exception as error:
     error.add_note(

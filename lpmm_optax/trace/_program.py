@@ -16,7 +16,6 @@ from collections.abc import Container
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
 import math
@@ -29,6 +28,8 @@ from jax.extend import core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from lpmm_optax.storage import _mesh
+
 # By name of a primitive that calls a function once: which of its parameters is that.
 CALLS = {
   'closed_call': 'call_jaxpr',
@@ -39,20 +40,48 @@ CALLS = {
   'remat2': 'jaxpr',
 }
 
+# What says along which axes of a mesh a value varies.
+_VARIES = frozenset({'pcast', 'pvary'})
+# What gives its operand. An optimization barrier gives several theirs, so who takes the first for it must not know it.
+IDENTITIES = _VARIES | {'copy', 'stop_gradient'}
+# What gives its operand, as near as another format has it.
+CASTS = IDENTITIES | {'convert_element_type', 'reduce_precision'}
+# What only changes the shape of a value that is the same everywhere.
+RESHAPES = frozenset({'broadcast_in_dim', 'expand_dims', 'reshape', 'squeeze'})
+# What gives some of its first operand's elements.
+TAKES = frozenset({'dynamic_slice', 'gather', 'slice'})
+# What gives elements of its first operand, elsewhere.
+MOVES = RESHAPES | TAKES | {'rev', 'transpose'}
+
 # Their result at an index depends on their operands at that index alone, and their parameters name no shape.
 # fmt: off
-_ELEMENTWISE = frozenset({
+_ELEMENTWISE = CASTS | {
   'abs', 'acos', 'acosh', 'add', 'add_any', 'and', 'asin', 'asinh', 'atan', 'atan2', 'atanh', 'bessel_i0e',
-  'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'convert_element_type', 'copy', 'cos', 'cosh',
-  'digamma', 'div', 'eq', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow',
-  'is_finite', 'le', 'lgamma', 'log', 'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg', 'nextafter',
-  'not', 'or', 'pcast', 'population_count', 'pow', 'pvary', 'reduce_precision', 'rem', 'round', 'rsqrt', 'select_n',
-  'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin', 'sinh', 'sqrt', 'square',
-  'stop_gradient', 'sub', 'tan', 'tanh', 'xor',
-})
+  'bessel_i1e', 'bitcast_convert_type', 'cbrt', 'ceil', 'clamp', 'cos', 'cosh', 'digamma', 'div', 'eq', 'erf',
+  'erf_inv', 'erfc', 'exp', 'exp2', 'expm1', 'floor', 'ge', 'gt', 'integer_pow', 'is_finite', 'le', 'lgamma', 'log',
+  'log1p', 'logistic', 'lt', 'max', 'min', 'mul', 'ne', 'neg', 'nextafter', 'not', 'or', 'population_count', 'pow',
+  'rem', 'round', 'rsqrt', 'select_n', 'shift_left', 'shift_right_arithmetic', 'shift_right_logical', 'sign', 'sin',
+  'sinh', 'sqrt', 'square', 'sub', 'tan', 'tanh', 'xor',
+}
 # fmt: on
 
-REDUCTIONS = frozenset({'reduce_and', 'reduce_max', 'reduce_min', 'reduce_or', 'reduce_sum'})
+
+def _least(dtype: Any) -> Any:
+  return -np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
+
+
+def _greatest(dtype: Any) -> Any:
+  return np.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+
+
+# By name of the operation: the reduction of a tile, of two tiles' results, and the result of none, by dtype.
+REDUCTIONS: dict[str, tuple[Callable, Callable, Callable]] = {
+  'reduce_and': (jnp.all, jnp.logical_and, lambda dtype: True),
+  'reduce_max': (jnp.max, jnp.maximum, _least),
+  'reduce_min': (jnp.min, jnp.minimum, _greatest),
+  'reduce_or': (jnp.any, jnp.logical_or, lambda dtype: False),
+  'reduce_sum': (lambda x: jnp.sum(x, dtype=x.dtype), jnp.add, lambda dtype: 0),
+}
 
 _PRODUCTS = frozenset({'integer_pow', 'mul', 'square'})
 # What consumes a product without being able to absorb it into a fused multiply-add.
@@ -61,16 +90,8 @@ _ABSORBS_NOTHING = _PRODUCTS | {'abs', 'bitcast_convert_type', 'convert_element_
 _UINT_OF_BYTES = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
-def no_mesh() -> contextlib.AbstractContextManager[Any]:
-  """In which no mesh reaches what is traced or computed."""
-  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
-
-
-# For `Graph.evaluate` where nothing is known of a mesh, as in a kernel: what says along which axes a value varies.
-WITHOUT_MESH = {'pcast': lambda x, **_: x, 'pvary': lambda x, **_: x}
-
-# What only changes the shape of a value that is the same everywhere.
-RESHAPES = frozenset({'broadcast_in_dim', 'expand_dims', 'reshape', 'squeeze'})
+# For `Graph.evaluate` where nothing is known of a mesh, as in a kernel.
+WITHOUT_MESH = dict.fromkeys(_VARIES, lambda x, **_: x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +144,7 @@ class Graph:
     if not (is_number and self.uniform[value] and all(self.is_literal(v) or v in self.producers for v in sources)):
       return None
     # In `jax.shard_map`, the mesh of the context has a part in every computation.
-    with jax.ensure_compile_time_eval(), no_mesh():
+    with jax.ensure_compile_time_eval(), _mesh.no_mesh():
       return self.evaluate([value], lambda _: None, rules=WITHOUT_MESH)[value].item()
 
   def elementwise(self, op: Op) -> bool:
@@ -291,7 +312,7 @@ def _is_cheap(jaxpr: Any) -> bool:
       inner.append(eqn.params[CALLS[eqn.primitive.name]])
     elif eqn.primitive is lax.cond_p:
       inner += eqn.params['branches']
-    elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | REDUCTIONS:
+    elif eqn.primitive.name not in _ELEMENTWISE | RESHAPES | REDUCTIONS.keys():
       return False
   return not jaxpr.effects and all(_is_cheap(part) for part in inner)
 

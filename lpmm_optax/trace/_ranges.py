@@ -19,12 +19,11 @@ Range = tuple[float, float]
 _ANY: Range = (-math.inf, math.inf)
 _NONNEGATIVE: Range = (0.0, math.inf)
 
+# The result, where there is one, is some of the first operand's values.
+_SAME = (
+  _program.CASTS | _program.MOVES | {'cummax', 'cummin', 'optimization_barrier', 'reduce_max', 'reduce_min', 'sort'}
+)
 # fmt: off
-# The result is one of the operands' values.
-_SAME = _program.RESHAPES | {
-  'convert_element_type', 'copy', 'cummax', 'cummin', 'dynamic_slice', 'gather', 'optimization_barrier', 'pcast',
-  'pvary', 'reduce_max', 'reduce_min', 'reduce_precision', 'rev', 'slice', 'sort', 'stop_gradient', 'transpose',
-}
 # Monotone in each operand, so that their extremes are at corners of the operands' ranges.
 _MONOTONE = {
   'add': np.add, 'add_any': np.add, 'ceil': np.ceil, 'clamp': lambda low, x, high: np.clip(x, low, high),

@@ -11,12 +11,8 @@ import jax.numpy as jnp
 from lpmm_optax.trace import _program
 from lpmm_optax.training import _tracking
 
-# The result is some, or all, of the first operand's values, in order.
-_PASSES = frozenset({
-  'copy', 'optimization_barrier', 'pcast', 'pvary', 'reshape', 'reshard', 'sharding_constraint', 'squeeze',
-  'stop_gradient',
-})  # fmt: skip
-_TAKES = frozenset({'dynamic_slice', 'gather', 'slice'})
+# The results are the operands' values, each once and in order.
+_PASSES = _program.IDENTITIES | {'optimization_barrier', 'reshape', 'reshard', 'sharding_constraint', 'squeeze'}
 
 
 class _Array(NamedTuple):
@@ -93,7 +89,7 @@ def _walk(jaxpr: Any, arrays: Sequence[_Array | None], found: dict[str, list[boo
       results = _through_scan(eqn, given, found)
     elif name in _PASSES or (name == 'convert_element_type' and is_float):  # The anchor's, of a cast of all weights.
       results = given
-    elif name in _TAKES and given[0] and not any(given[1:]):
+    elif name in _program.TAKES and given[0] and not any(given[1:]):
       results = [first._replace(is_whole=False)]
     else:
       raise _refused(first.path, name)

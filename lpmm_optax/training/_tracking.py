@@ -20,9 +20,9 @@ import jax.numpy as jnp
 
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
-from lpmm_optax.kernel import _update
 from lpmm_optax.storage import _array
 from lpmm_optax.trace import _plan
+from lpmm_optax.trace import _program
 
 # Marks where a parameter is dequantized; it is the identity on its `rows`. Parameters: sink.
 READ = jex.Primitive('read_parameter')
@@ -148,7 +148,7 @@ class Sink:
       step = step.of_use(use)
       writes.append((place.uses, _tiles.with_slice(uses, jnp.full(self.shape[axes:-1], use + 1), start)))
     for number, reduction in self.reductions.items():
-      reduce, combine = _update.REDUCERS[reduction.name][:2]
+      reduce, combine = _program.REDUCTIONS[reduction.name][:2]
       (value,) = reduction.program(gradient.astype(jnp.float32), *place.scalars[number])
       total = place.totals[number]
       writes.append((total, combine(total[...], reduce(jnp.broadcast_to(value, gradient.shape)))))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import optax
 import pytest
 from transformations import field_formats
@@ -159,6 +160,22 @@ def test_uses_are_seen_through_wrappers():
   assert formats(masked)['nu_max'] == {'bfloat16'}
   # Given one Format, a field takes that of its size which holds it.
   assert formats(slow(0.9999), formats=lpmm.BFLOAT16) == {'ema': {'int16'}}
+
+
+@pytest.mark.parametrize('name', ['slow', 'slow in the end'])
+def test_uses_are_seen_in_a_shard_map_that_knows_what_varies(name):
+  update, fields, formats, _ = KINDS[name]
+  found = []
+
+  def init(params):
+    state = lpmm.low_precision(each(fields, update)).init(params)
+    found.extend(str(x.format) for x in jax.tree.leaves(state, is_leaf=lpmm.is_quantized) if lpmm.is_quantized(x))
+    return jnp.zeros(())
+
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  params = lpmm.quantize({'w': jnp.ones((8 * 96, 96))}, lpmm.INT8)
+  jax.eval_shape(jax.shard_map(init, mesh=mesh, in_specs=P('x'), out_specs=P()), params)
+  assert found == list(formats.values())
 
 
 def test_a_numerator_follows_its_denominator_where_the_caller_says_nothing_of_it():
