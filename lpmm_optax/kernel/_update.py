@@ -77,7 +77,7 @@ class _Values(NamedTuple):
   """The small arrays that all tiles of a leaf share."""
 
   words: jax.Array
-  turn: jax.Array | None
+  turn: tuple[jax.Array, jax.Array] | None
   weight: jax.Array | None
   scalars: list[jax.Array]
   hyperparams: dict[str, jax.Array]
@@ -97,7 +97,7 @@ def update_leaf(
   scalars: Sequence[jax.Array] = (),
   hyperparams: dict[str, jax.Array] | None = None,
   start: Sequence[jax.Array] = (),
-  turn: jax.Array | None = None,
+  turn: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[Any, list[Any]]:
   """One leaf's update.
 
@@ -112,7 +112,7 @@ def update_leaf(
     scalars: of the program.
     hyperparams: scalars of the correction.
     start: int32[] per leading axis of `static.shape` that the target lacks, its index there.
-    turn: uint32[], what is added to the random bits of the target, if anything.
+    turn: what the random bits of the target turn by, or None.
 
   Returns:
     (new target or delta, new fields).
@@ -134,7 +134,7 @@ def update_leaf(
 
     def bits(slot, coordinates):
       drawn = _array.random_bits(slots[slot], values.words[slot], view, static.shape, coordinates, values.start)
-      return drawn if drawn is None or slot or values.turn is None else drawn + values.turn
+      return drawn if drawn is None or slot or values.turn is None else _random.turned(drawn, values.turn)
 
     def compute(reads, value, old_fields):
       """The wanted delta, the wanted fields, and more for the correction."""

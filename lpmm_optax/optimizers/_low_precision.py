@@ -233,6 +233,7 @@ class LowPrecision:
     shard_axes: manual axes over which parameters are sharded, besides those that are known.
     feedback: of rounding errors, or None.
     into_momentum: how microbatches can be added to the optimizer's own momentum; None where they cannot.
+    domain: what parameters and state are rounded for.
     preceding: what transforms the gradients first, or None; the state is a tuple if it is not None.
   """
 
@@ -244,6 +245,7 @@ class LowPrecision:
   shard_axes: frozenset[str]
   feedback: _feedback.Feedback | _feedback.ByDerivatives | None
   into_momentum: IntoMomentum | None
+  domain: _random.Domain = _random.Domain.STEP
   preceding: tuple[optax.GradientTransformation, ...] | None = None
 
   @functools.cached_property
@@ -342,8 +344,8 @@ class LowPrecision:
     step = _program.hidden(own.step)
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     keys = [structure.keys[i] for i in structure.active]
-    words = _random.words(own.key, _random.Domain.STEP, [own.step], keys, 1 + most)
-    steady = words.at[:, 0].set(_random.steady_words(own.key, keys))
+    words = _random.words(own.key, self.domain, [own.step], keys, 1 + most)
+    steady = words.at[:, 0].set(_random.steady_words(own.key, own.step, keys))
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
     names = ['' if e < foreign else entry.field for e, entry in enumerate(state.entries)]
@@ -356,6 +358,7 @@ class LowPrecision:
       names,
       dict(zip(structure.active, words, strict=True)),
       dict(zip(structure.active, steady, strict=True)),
+      self.domain,
       _program.runtime_zero(step),
       self.feedback,
       self.feedback.hyperparams(step, own.inner_state) if self.feedback else {},
@@ -395,7 +398,7 @@ class LeafStep:
     reads: dense arrays of the leaf's shape.
     scalars: of the program.
     hyperparams: of the feedback.
-    turn: uint32[], what the leaf's own random bits turn by, or None.
+    turn: what the leaf's own random bits turn by, or None.
   """
 
   path: str
@@ -405,7 +408,7 @@ class LeafStep:
   reads: list[jax.Array] = dataclasses.field(default_factory=list)
   scalars: list[jax.Array] = dataclasses.field(default_factory=list)
   hyperparams: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
-  turn: jax.Array | None = None
+  turn: tuple[jax.Array, jax.Array] | None = None
 
   def of_use(self, use: jax.Array) -> 'LeafStep':
     """The same for one more use of the leaf in a microbatch, int32[]: with other random bits."""
@@ -435,7 +438,8 @@ class PlannedStep:
     plan: of the update.
     names: of the entries, empty for those of what precedes the optimizer.
     words: uint32[slots, 2] per leaf.
-    steady: the same, but for the parameter's, which does not change.
+    steady: the same, but for the parameter's, which hardly ever changes.
+    domain: what for.
     zero: uint32[], zero at run time.
     feedback: of rounding errors, or None.
     hyperparams: of the feedback.
@@ -452,6 +456,7 @@ class PlannedStep:
   names: list[str]
   words: dict[int, jax.Array]
   steady: dict[int, jax.Array]
+  domain: _random.Domain
   zero: jax.Array
   feedback: _feedback.Feedback | _feedback.ByDerivatives | None
   hyperparams: dict[str, jax.Array]
@@ -498,7 +503,8 @@ class PlannedStep:
       leaf.is_difference,
     )
     reads, scalars = [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
-    if correct is None:
+    # In an average what moves is what lags behind the parameter, which thresholds that turn would add to.
+    if correct is None and self.domain is _random.Domain.STEP:
       return LeafStep(path, static, self.steady[i], self.zero, reads, scalars, turn=_random.turn(self.own.step))
     return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams)
 
@@ -536,10 +542,11 @@ def transform(
   shard_axes: Sequence[str],
   feedback: _feedback.Feedback | _feedback.ByDerivatives | None = None,
   into_momentum: IntoMomentum | None = None,
+  domain: _random.Domain = _random.Domain.STEP,
 ) -> _transformation.InPlaceTransformation:
-  """`low_precision` with more that its aliases need: a name for messages, feedback, and `IntoMomentum`."""
+  """`low_precision` with more that its kin need: a name for messages, feedback, `IntoMomentum`, a domain."""
   _field_formats.check(formats)
   _tiles.check_size(tile_size)
   axes = _mesh.axis_names(shard_axes)
   inner, raw_key = optax.with_extra_args_support(inner), _random.raw_key(key)
-  return LowPrecision(inner, name, formats, raw_key, tile_size, axes, feedback, into_momentum).transformation
+  return LowPrecision(inner, name, formats, raw_key, tile_size, axes, feedback, into_momentum, domain).transformation

@@ -26,6 +26,7 @@ class Domain(enum.IntEnum):
   CONVERT = 1
   STEP = 2
   ACCUMULATE = 3
+  AVERAGE = 4
 
 
 def raw_key(key: jax.Array | None) -> jax.Array:
@@ -76,24 +77,42 @@ def words(
   return jex_random.threefry_2x32(key, halves).reshape(2, len(paths), slots).transpose(1, 2, 0)
 
 
-def steady_words(key: jax.Array, paths: Sequence[Sequence[Any]]) -> jax.Array:
-  """The words, uint32[len(paths), 2], of what is rounded with the same bits in every step, but for their `turn`.
+def steady_words(key: jax.Array, step: jax.Array, paths: Sequence[Sequence[Any]]) -> jax.Array:
+  """The words, uint32[len(paths), 2], of what is rounded with the same bits for 512 steps, but for their `turn`.
 
   Args:
     key: uint32[2], from `raw_key`.
+    step: int32[].
     paths: as in `words`.
   """
   low, high = jnp.asarray(_halves(paths, 1))
+  low = low + step.astype(jnp.uint32) // _STEADY * jnp.uint32(0x9E3779B9)
   return jnp.stack([random_bits(key, (low ^ jnp.uint32(half), high)) for half in (1, 2)], axis=-1)
 
 
-def turn(step: jax.Array) -> jax.Array:
-  """What is added to the same bits in each step, uint32[]: multiples of the golden ratio, modulo one.
+# By how much bits turn in a step: one of eight, the first and j times the second, modulo 2^32. Each is far from
+# fractions of small denominators (partial quotients up to 8 while these are under 2048), so that thresholds of any run
+# of steps are spread evenly; and there is no k for which all eight have come back after k steps. Of pairs found at
+# random, that with the least variance at the worst k, among those that leave least of it at every step.
+_TURNS = 2522168028, 4040812858
+_STEADY = 512
+
+
+def turn(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What `turned` takes, uint32[] each."""
+  first, further = (step.astype(jnp.uint32) * jnp.uint32(x) for x in _TURNS)
+  return first, further
+
+
+def turned(bits: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """The same bits in another step: uint32, which add to themselves one of eight constants with each step.
 
   So thresholds are a Weyl sequence, of which any run of steps is spread evenly: an element that has to move by p grid
-  steps in each step of the optimizer does so once in every 1 / p steps or so, rather than with that probability.
+  steps in each step of the optimizer does so once in every 1 / p steps or so, rather than with that probability. Which
+  of the eight it is, the lowest bits say: what moves in every k-th step alone would meet thresholds that hardly change
+  if k were nearly a period of them, as the Fibonacci numbers are of the golden ratio.
   """
-  return step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+  return bits + turn[0] + (bits & 7) * turn[1]
 
 
 def _derive(word: jax.Array, number: jax.Array, what: int) -> jax.Array:

@@ -191,6 +191,8 @@ def check_state(
   for path, shape in wanted.items():
     if not problem and found[path] != shape:
       problem = f'{path} has shape {found[path]}, expected {shape}'
+  if not problem and state.treedef != expected.treedef:
+    problem = f'it is {state.treedef}, expected {expected.treedef}'
   if problem:
     raise ValueError(
       f'{name} got a state that it did not create for these parameters: {problem}; see that the chain that made the '

@@ -14,6 +14,7 @@ from lpmm_optax.optimizers import _low_precision
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _codec
 from lpmm_optax.storage import _format
+from lpmm_optax.storage import _random
 from lpmm_optax.storage._format import Format
 from lpmm_optax.trace import _plan
 
@@ -92,8 +93,14 @@ def ema(
   rate = (lambda count: 1 - decay(count)) if callable(decay) else (lambda count: 1 - decay)
   subtract = lambda x, average: x.astype(average.dtype) - average
   difference = optax.stateless(lambda params, average: jax.tree.map(subtract, params, average))
-  tx = _low_precision.low_precision(
-    optax.chain(difference, optax.scale_by_schedule(rate)), key=key, tile_size=tile_size, shard_axes=shard_axes
+  tx = _low_precision.transform(
+    optax.chain(difference, optax.scale_by_schedule(rate)),
+    'ema',
+    formats='default',
+    key=key,
+    tile_size=tile_size,
+    shard_axes=shard_axes,
+    domain=_random.Domain.AVERAGE,
   )
 
   def init(params):

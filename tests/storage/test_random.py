@@ -55,26 +55,47 @@ def test_uses_are_uncorrelated_with_one_another_and_the_first_keeps_the_word():
   assert np.max(np.abs(correlations)) < 5 / np.sqrt(bits.shape[1])
 
 
-def steady(*names, key=0):
-  return _random.steady_words(_random.raw_key(jax.random.key(key)), [(DictKey(name),) for name in names])
+def steady(*names, key=0, step=0):
+  key = _random.raw_key(jax.random.key(key))
+  return _random.steady_words(key, jnp.int32(step), [(DictKey(name),) for name in names])
 
 
 def test_what_turns_is_uncorrelated_with_other_leaves_keys_and_what_is_drawn_anew():
   n = 2**18
   base, leaf = steady('w', 'v')
-  others = [leaf, steady('w', key=1)[0], words(['w'])[0, 0], words(['w'])[0, 1], _random.of_use(base, jnp.int32(1))]
+  later = steady('w', step=512)[0]
+  others = [leaf, later, steady('w', key=1)[0], words(['w'])[0, 0], words(['w'])[0, 1]]
+  others.append(_random.of_use(base, jnp.int32(1)))
   values = np.stack([draw(word, n) for word in (base, *others)]) / 2.0**32 - 0.5
   correlations = 12 * values @ values.T / n - np.eye(len(values))
   assert np.max(np.abs(correlations)) < 5 / np.sqrt(n)
 
 
+def rounded_up(steps, share, n=2**13):
+  """How many of these steps round each of n elements up, if it is to move by a share of a grid step in each."""
+  turns = (np.asarray(x)[:, None] for x in _random.turn(jnp.asarray(steps)))
+  bits = _random.turned(draw(steady('w')[0], n), tuple(turns))
+  return np.sum(bits / 2.0**32 >= 1 - share, axis=0)
+
+
 def test_what_turns_is_spread_evenly_over_any_run_of_steps():
-  bits = draw(steady('w')[0], 2**12)
-  turns = np.asarray(_random.turn(jnp.arange(987, 987 + 100)))
-  above = np.sum((bits[:, None] + turns) / 2.0**32 >= 0.9, axis=1)
-  # Of independent ones, 10 with a deviation of 3.
-  assert np.min(above) >= 8
-  assert np.max(above) <= 12
+  counts = rounded_up(np.arange(187, 187 + 100), 0.1)
+  # Of independent ones, a deviation of 3.
+  assert np.std(counts) < 0.9
+  assert np.min(counts) >= 7
+  assert np.max(counts) <= 14
+
+
+def test_what_turns_is_spread_like_what_is_independent_over_every_kth_step():
+  steady_steps = 512
+  variances = {}
+  for k in range(2, steady_steps):
+    for share in (0.5, 0.2, 0.05):
+      steps = np.arange(0, max(steady_steps, 2 * k), k)
+      variances[k, share] = np.var(rounded_up(steps, share)) / (len(steps) * share * (1 - share))
+  # By the golden ratio alone, 11 where k is 34.
+  assert max(variances.values()) < 2.6
+  assert np.mean(np.array(list(variances.values())) > 1.5) < 0.05
 
 
 def test_a_slash_in_a_name_is_no_path():
