@@ -503,7 +503,7 @@ class PlannedStep:
       leaf.is_difference,
     )
     reads, scalars = [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
-    # In an average what moves is what lags behind the parameter, which thresholds that turn would add to.
+    # An average is to lag behind its parameter by as much as in float32, and thresholds that turn run ahead.
     if correct is None and self.domain is _random.Domain.STEP:
       return LeafStep(path, static, self.steady[i], self.zero, reads, scalars, turn=_random.turn(self.own.step))
     return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams)

@@ -142,7 +142,8 @@ class Format:
     """What to store a field in where this is given for all: the first that holds it, or else the last."""
     if self.bits < 16:
       return (dataclasses.replace(self, grid='sqrt') if is_nonnegative else self,)
-    others = (dataclasses.replace(x, rounding=self.rounding) for x in reversed(WIDE))
+    size = lambda x: self.block_size if x.has_scales else None
+    others = (dataclasses.replace(x, block_size=size(x), rounding=self.rounding) for x in reversed(WIDE))
     return (*others, self) if is_nonnegative else (self, *others, self)
 
   def with_block_size(self, default: int) -> 'Format':

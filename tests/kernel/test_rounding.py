@@ -156,6 +156,27 @@ def test_thresholds_that_turn_add_less_than_independent_ones(learning_rate, left
   assert abs(measured - left * expected) < 0.03 * expected
 
 
+@pytest.mark.parametrize(('noise', 'closer'), [(2.0, 0.03), *slow((0.0, 0.2))])
+def test_thresholds_that_turn_follow_an_optimum_that_moves_more_closely(noise, closer):
+  """The optimum moves by a tenth of a grid step in each step, at a rate of a tenth: SGD is one step behind."""
+  shape, tx = (128, 256), lpmm.low_precision(optax.sgd(0.1))
+  pins = jnp.zeros(shape, bool).at[:, ::64].set(True)
+  rounded = lpmm.quantize(jnp.where(pins, 127 * STEP, 0.0), lpmm.INT8)
+
+  def body(i, carry):
+    rounded, exact, state, total = carry
+    random = noise * jax.random.normal(jax.random.fold_in(jax.random.key(2), i), shape)
+    gradient = lambda w: jnp.where(pins, 0.0, w - STEP * (0.1 * i + random))
+    exact = exact - 0.1 * gradient(exact)
+    rounded, state = lpmm.step(tx, gradient(lpmm.dequantize(rounded)), rounded, state)
+    ahead = jnp.mean(lpmm.dequantize(rounded) - exact, where=~pins) / STEP
+    return rounded, exact, state, total + jnp.where(i < 100, 0.0, ahead / 700)
+
+  start = rounded, lpmm.dequantize(rounded), tx.init(rounded), jnp.float32(0)
+  total = jax.jit(lambda: jax.lax.fori_loop(0, 800, body, start))()[-1]
+  assert abs(float(total) - closer) < 0.03
+
+
 @pytest.mark.slow
 def test_maxima_that_move_add_little_to_the_stationary_error():
   # Where each new maximum took a fresh scale, which rounds the whole block anew, this was 1.7 times the closed form.

@@ -247,6 +247,7 @@ def with_leaf(tree, name, leaf):
     (lambda g, s, p: (g, s, None), 'needs the parameters'),
     (lambda g, s, p: (g, optax.sgd(0.1, momentum=0.9).init(g), p), 'did not create'),
     (lambda g, s, p: (g, lpmm.sgdm(0.1, momentum=None).init(p), p), 'did not create'),
+    (lambda g, s, p: (g, s._replace(inner_state=s.inner_state[1:]), p), 'did not create'),
     (lambda g, s, p: (g, lpmm.sgdm(0.1).init(without_bias(p)), p), 'trace/layer/bias is missing'),
     (lambda g, s, p: (g, lpmm.sgdm(0.1).init(with_leaf(p, 'bias', jnp.ones(5))), p), 'trace/layer/bias.*shape'),
     (lambda g, s, p: (g, s, with_leaf(p, 'bias', 1.0)), 'layer/bias.*array'),

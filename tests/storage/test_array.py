@@ -49,6 +49,15 @@ def test_contradictory_formats_are_refused(kwargs):
     lpmm.Format(**kwargs)
 
 
+@pytest.mark.parametrize('grid', ['linear', 'bfloat16'])
+def test_one_format_for_all_fields_keeps_its_blocks_and_rounding(grid):
+  size = 32 if grid == 'linear' else None
+  given = lpmm.Format(bits=16, block_size=size, grid=grid, rounding='nearest')
+  for variant in (*given.variants(True), *given.variants(False)):
+    assert variant.rounding == 'nearest'
+    assert variant.block_size == (size if variant.has_scales else None)
+
+
 def test_formats_are_static_values():
   assert hash(lpmm.Format(bits=8)) == hash(lpmm.INT8)
   assert not callable(lpmm.INT8)
