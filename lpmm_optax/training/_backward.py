@@ -365,7 +365,7 @@ def value_and_step(
       value = value[0] if has_aux else value
       return {'value': value} if extra_args is None else extra_args(value, *args, **kwargs)
 
-    tx.microbatches.check(opt_state, params)
+    tx.microbatches.check(opt_state)
     return _accumulate(tx.microbatches, extra, loss, opt_state)
 
   return wrapped

@@ -62,8 +62,8 @@ def test_an_update_that_comes_again_and_again_is_made_as_often_as_it_should_be()
   moved = lpmm.dequantize(start)['w'] - lpmm.dequantize(params)['w']
   strays = np.abs(moved - 50 * 0.3 * gradient) / grid_steps(start['w'])
   # With thresholds drawn anew by 2.4 steps in the root mean square, and the farthest by 11.
-  assert np.max(strays) < 2.5
-  assert np.sqrt(np.mean(strays**2)) < 0.7
+  assert np.max(strays) < 3
+  assert np.sqrt(np.mean(strays**2)) < 0.8
 
 
 NOTHING = {

@@ -149,7 +149,7 @@ def quantized_mask():
     (lambda: lpmm.low_precision(not_an_array()), 'state must be arrays'),
     (lambda: lpmm.low_precision(loses_state()), 'returned a state of structure'),
     (lambda: lpmm.adam(0.1, mu_dtype=jnp.complex64), 'mu/a: complex state is not supported'),
-    (lambda: lpmm.low_precision(quantized_mask()), 'wrap with optax.masked or optax.partition outside'),
+    (lambda: lpmm.low_precision(quantized_mask()), 'go around with lpmm_optax.masked or partition'),
   ],
 )
 def test_what_cannot_work_is_refused_with_advice(make, message):

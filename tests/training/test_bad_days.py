@@ -157,18 +157,20 @@ def test_replicas_have_the_same_codes_after_a_hundred_steps():
   assert np.mean(first[1] != np.asarray(lpmm.quantize(DENSE, lpmm.INT8)['w'].codes)) > 0.5
 
 
-@pytest.mark.parametrize(
-  'tx',
-  [
-    lpmm.MultiSteps(lpmm.sgdm(0.01), 1, should_skip_update_fn=optax.skip_not_finite),
-    *slow(
-      lpmm.MultiSteps(lpmm.sgdm(0.01), 2, should_skip_update_fn=optax.skip_not_finite, accumulator=lpmm.INTO_MOMENTUM),
-      lpmm.apply_if_finite(lpmm.sgdm(0.01), 5),
-    ),
-  ],
-  ids=['skip_not_finite', 'skip_not_finite into momentum', 'apply_if_finite'],
-)
-def test_a_nan_on_one_replica_is_skipped_by_all(tx):
+def skips(microbatches, **kwargs):
+  return lpmm.MultiSteps(lpmm.sgdm(0.01), microbatches, should_skip_update_fn=optax.skip_not_finite, **kwargs)
+
+
+SKIPPING = {
+  'skip_not_finite': functools.partial(skips, 1),
+  'skip_not_finite into momentum': functools.partial(skips, 2, accumulator=lpmm.INTO_MOMENTUM),
+  'apply_if_finite': lambda: lpmm.apply_if_finite(lpmm.sgdm(0.01), 5),
+}
+
+
+@pytest.mark.parametrize('name', ['skip_not_finite', *slow('skip_not_finite into momentum', 'apply_if_finite')])
+def test_a_nan_on_one_replica_is_skipped_by_all(name):
+  tx = SKIPPING[name]()
   poisoned = batch(2).at[17].set(jnp.nan)  # On the fifth of eight devices.
   with jax.numpy_dtype_promotion('standard'):
     states, final = data_parallel(tx, [batch(0), batch(1), poisoned, batch(3)])
