@@ -170,34 +170,25 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Simulated(lpmm.Format):
-  """A format that rounds with another number of random bits: updates under a step / 2^(bits + 1) are lost.
+  """A format as if it had other numbers of bits: what it would do, not what it would take.
 
   Attributes:
-    random_bits: how far the fraction to be rounded is resolved, at least 1.
+    random_bits: how far the fraction to be rounded is resolved; updates under a step / 2^(random_bits + 1) are lost.
+    code_bits: of a code, at most those that it is stored in.
   """
 
-  random_bits: int = 1
+  random_bits: int | None = None
+  code_bits: int | None = None
 
   @property
   def fraction_bits(self) -> int:
     """Random bits per rounding."""
-    return self.random_bits
-
-
-@dataclasses.dataclass(frozen=True)
-class Narrow(lpmm.Format):
-  """A format of fewer bits than its codes are stored in: what it would do, not what it would take.
-
-  Attributes:
-    code_bits: of a code.
-  """
-
-  code_bits: int = 8
+    return self.random_bits or super().fraction_bits
 
   @property
   def max_code(self) -> int:
     """The largest code."""
-    return 2 ** (self.code_bits - 1) - 1
+    return 2 ** (self.code_bits - 1) - 1 if self.code_bits else super().max_code
 
 
 class Point(NamedTuple):
@@ -273,10 +264,10 @@ for _base in BASES.values():
 
 def split_bits(params: int) -> Method:
   """Lion with so many bits per parameter, and the rest of 16 per momentum."""
-  momentum = Narrow(bits=8, code_bits=16 - params, block_size=32 if params == 12 else None)
+  momentum = Simulated(bits=8, code_bits=16 - params, block_size=32 if params == 12 else None)
   summary = f'{params}-bit parameters, {16 - params}-bit momentum, simulated'
   return METHODS['lion-8']._replace(
-    params=Narrow(bits=16, code_bits=params), make_tx=our_lion(momentum), summary=summary
+    params=Simulated(bits=16, code_bits=params), make_tx=our_lion(momentum), summary=summary
   )
 
 
