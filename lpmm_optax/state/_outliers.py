@@ -91,9 +91,9 @@ def outlier_report(tree: Any, format: Format, *, where: _array.Where | None = No
       continue
     found = _measure(x, like.format)
     if not _suits(found):
-      *wider, widest = _format.INT8, *_format.WIDE
-      better = (other for other in wider if _suits(_measure(x, _like(other, like.format))))
-      suggestion = next(better, widest)
+      wider = [_format.INT8, *_format.WIDE]
+      better = (other for other in wider[:-1] if _suits(_measure(x, _like(other, like.format))))
+      suggestion = next(better, wider[-1])
       row = Outliers(_array.path_str(path), like.format, float(found.blocks), float(found.error), suggestion)
       rows.append(row)
   return OutlierReport(tuple(rows))
