@@ -206,7 +206,9 @@ class LinearCodec:
   def _keeps(self, scale: jax.Array, absmax: jax.Array) -> jax.Array:
     """Whether blocks keep a stored scale, given their new absmax."""
     # A fresh scale rounds the whole block anew, so it must be rare where the largest element trembles.
-    is_tight = (absmax >= scale * np.float32(self.format.least_largest_code)) | (scale == np.float32(_MIN_SCALE))
+    # Under the least there is none, and `_first_scale` may have found one that is two above.
+    is_least = scale <= np.float32(_MIN_SCALE * (1 + 2.0**-6))
+    is_tight = (absmax >= scale * np.float32(self.format.least_largest_code)) | is_least
     return (absmax <= scale * np.float32(self.format.max_code)) & is_tight
 
   def _first_scale(self, value: jax.Array, absmax: jax.Array, precision: Any) -> jax.Array:
