@@ -31,6 +31,10 @@ def _why_not(format: Format | None, least_bits: int) -> str | None:
   return None
 
 
+def _refused(path: str, why: str) -> ValueError:
+  return ValueError(f'{path}: error_feedback cannot work here: {why}; error_feedback=None does without')
+
+
 @dataclasses.dataclass(frozen=True)
 class Feedback:
   """Where the rounding errors of the parameters go, as an optimizer of this package says.
@@ -66,7 +70,7 @@ class Feedback:
       return leaf.program, None
     problem = _why_not(_array.format_of(fields[self.fields[0]]), self.least_bits)
     if problem and self.is_required:
-      raise ValueError(f'{path}: error_feedback cannot work here: {problem}; error_feedback=None does without')
+      raise _refused(path, problem)
     return leaf.program, None if problem else self.correct
 
 
@@ -108,7 +112,7 @@ class ByDerivatives:
           'factor between 0 and 1, and that the update depends on differentiably'
         )
       )
-      raise ValueError(f'{path}: error_feedback cannot work here: {why}; error_feedback=None does without')
+      raise _refused(path, why)
     return leaf.program, None
 
 

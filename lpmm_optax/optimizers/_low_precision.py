@@ -345,7 +345,9 @@ class LowPrecision:
     most = max((len(leaf.fields) for leaf in plan.leaves.values()), default=0)
     keys = [structure.keys[i] for i in structure.active]
     words = _random.words(own.key, self.domain, [own.step], keys, 1 + most)
-    steady = words.at[:, 0].set(_random.steady_words(own.key, own.step, keys))
+    # An average is to lag behind its parameter by as much as in float32, and thresholds that turn run ahead.
+    turns = self.domain is _random.Domain.STEP
+    steady = words.at[:, 0].set(_random.steady_words(own.key, own.step, keys)) if turns else words
     # A field of a preceding transformation may have the name of one of ours.
     foreign = len(jax.tree.leaves(before))
     names = ['' if e < foreign else entry.field for e, entry in enumerate(state.entries)]
@@ -358,7 +360,7 @@ class LowPrecision:
       names,
       dict(zip(structure.active, words, strict=True)),
       dict(zip(structure.active, steady, strict=True)),
-      self.domain,
+      _random.turn(own.step) if turns else None,
       _program.runtime_zero(step),
       self.feedback,
       self.feedback.hyperparams(step, own.inner_state) if self.feedback else {},
@@ -438,8 +440,8 @@ class PlannedStep:
     plan: of the update.
     names: of the entries, empty for those of what precedes the optimizer.
     words: uint32[slots, 2] per leaf.
-    steady: the same, but for the parameter's, which hardly ever changes.
-    domain: what for.
+    steady: the same without feedback, where the parameter's hardly ever changes.
+    turn: what that turns by in this step, or None.
     zero: uint32[], zero at run time.
     feedback: of rounding errors, or None.
     hyperparams: of the feedback.
@@ -456,7 +458,7 @@ class PlannedStep:
   names: list[str]
   words: dict[int, jax.Array]
   steady: dict[int, jax.Array]
-  domain: _random.Domain
+  turn: tuple[jax.Array, jax.Array] | None
   zero: jax.Array
   feedback: _feedback.Feedback | _feedback.ByDerivatives | None
   hyperparams: dict[str, jax.Array]
@@ -503,9 +505,8 @@ class PlannedStep:
       leaf.is_difference,
     )
     reads, scalars = [outer[value] for value in leaf.reads], [outer[value] for value in leaf.scalars]
-    # An average is to lag behind its parameter by as much as in float32, and thresholds that turn run ahead.
-    if correct is None and self.domain is _random.Domain.STEP:
-      return LeafStep(path, static, self.steady[i], self.zero, reads, scalars, turn=_random.turn(self.own.step))
+    if correct is None:
+      return LeafStep(path, static, self.steady[i], self.zero, reads, scalars, turn=self.turn)
     return LeafStep(path, static, self.words[i], self.zero, reads, scalars, self.hyperparams)
 
   def finish(
