@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lpmm_optax.storage import _mesh
 from lpmm_optax.storage import _view
+from lpmm_optax.trace import _program
 
 
 def check_size(tile_size: int | None) -> None:
@@ -173,6 +174,11 @@ def apart(zero: jax.Array, fn: Callable, *args: Any) -> Any:
   return lax.platform_dependent(*args, cpu=branch, default=fn)
 
 
+def _within(zero: jax.Array, fn: Callable, *args: Any) -> Any:
+  """The same within a stage, whose products are those of `_program.uncontracted`, and which tells it by the barrier."""
+  return apart(zero, lambda *args: lax.optimization_barrier(_program.uncontracted(fn, zero)(*args)), *args)
+
+
 class Stages(NamedTuple):
   """An update of one tile, in three functions of tiles.
 
@@ -234,7 +240,8 @@ def update_in_place(task: Task, tilings: list[Tiling], fused: bool) -> Any:
   move = lambda own: own if origin is None else [x + at for x, at in zip(own, origin, strict=True)]
   writes = _mesh.vary(task.writes, _mesh.varying_axes(task.reads, task.writes))
   for tiling in tilings:
-    stages = task.stages(_view.cells(tiling.tile_shape, task.blocks), task.values, task.zero)
+    view = _view.cells(tiling.tile_shape, task.blocks, _view.inline if fused else functools.partial(_within, task.zero))
+    stages = task.stages(view, task.values, task.zero)
     writes = _update_lot(stages.moved(move), tiling, task.zero, task.reads, writes, fused)
   return writes
 

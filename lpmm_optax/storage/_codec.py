@@ -159,8 +159,10 @@ class LinearCodec:
 
     What was encoded so, and decoded to `dtype`, gets the same grid again.
     """
-    value, absmax = self._storable(value)
-    return self._round(value, value, jnp.int32(0), self._first_scale(value, absmax, jnp.finfo(dtype)), bits)
+    value = self._storable(value)
+    scale = self._first_scale(self._root(value), self._root(self._absmax(value)), jnp.finfo(dtype))
+    value = self._root(value)
+    return self._round(value, value, jnp.int32(0), to_bfloat16_bits(scale), self._per_unit(scale), bits)
 
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
     """Rounds new values of what is stored already.
@@ -176,18 +178,18 @@ class LinearCodec:
       bits: uint32 random bits in view, or None to round to nearest.
       delta: value - decode(old), where that is known to more than the precision of value; for the linear grid.
     """
-    max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
-    value, absmax = self._storable(value)
-    old_scale = from_bfloat16_bits(old.scales)
+    storable = self._storable(value)
+    # Of the values as they are, where NaN is found too: XLA on CPU would write to memory what two have to read.
+    source = storable if self.squares else value
+    kept, scales, per_unit = self.view.with_absmax(self._next_grid, source, self.axis, self.size, old.scales)
+    value = self._root(storable)
     codes = self._codes(old)
     if delta is None:
-      delta = value - codes.astype(jnp.float32) * self._spread(old_scale)
-    kept = self._keeps(old_scale, absmax)
-    scale = jnp.where(kept, old_scale, fresh_scale(absmax, max_code))
+      delta = value - codes.astype(jnp.float32) * self._spread(from_bfloat16_bits(old.scales))
     # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
     kept = self._spread(kept)
-    base = jnp.where(kept, codes.astype(jnp.int32) << fraction_bits, jnp.int32(0))
-    return self._round(value, jnp.where(kept, delta, value), base, scale, bits)
+    base = jnp.where(kept, codes.astype(jnp.int32) << self.format.fraction_bits, jnp.int32(0))
+    return self._round(value, jnp.where(kept, delta, value), base, scales, per_unit, bits)
 
   def snap(self, old: Stored, value: jax.Array) -> jax.Array:
     """New values as they are when rounded to nearest on the stored grid, in blocks that would keep it; in view.
@@ -195,7 +197,7 @@ class LinearCodec:
     A value that was decoded from that grid, then cast or multiplied by a factor and its reciprocal, is on it again.
     """
     scale = from_bfloat16_bits(old.scales)
-    root, _ = self._storable(value)
+    root = self._root(self._storable(value))
     codes = lax.round(root * self._spread(reciprocal(scale)), lax.RoundingMethod.TO_NEAREST_EVEN)
     if self.squares:
       codes = jnp.where(root > 0, jnp.maximum(codes, 1), codes)
@@ -234,22 +236,35 @@ class LinearCodec:
 
     return lax.scan(choose, fresh, _float_of(_signed_bits_of(fresh)[None] + steps))[0]
 
-  def _storable(self, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The values on the grid's axis (their roots, for squares), and the absmax of each block of them.
+  def _storable(self, value: jax.Array) -> jax.Array:
+    """The values, where what cannot be stored is infinite, and poisons its block."""
+    return jnp.where(value >= 0 if self.squares else value == value, value, np.float32(np.inf))
 
-    What cannot be stored poisons its block. (NaN would without this, but LLVM vectorizes the maximum of magnitudes
-    only behind a select.)
-    """
-    value = jnp.where(value >= 0 if self.squares else value == value, value, np.float32(np.inf))
-    absmax = self._absmax(value)
-    # The root of the largest is the largest root: one per block, not one per element.
-    return (jnp.sqrt(value), jnp.sqrt(absmax)) if self.squares else (value, absmax)
+  def _root(self, value: jax.Array) -> jax.Array:
+    """Values as they lie on the grid's axis; the largest has the largest root, so one per block is taken of that."""
+    return jnp.sqrt(value) if self.squares else value
+
+  def _next_grid(self, absmax: jax.Array, old_scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of blocks' absmax and stored scales: whether these are kept, those to store, and `_per_unit` of the latter."""
+    absmax, old_scale = self._root(absmax), from_bfloat16_bits(old_scales)
+    kept = self._keeps(old_scale, absmax)
+    scale = jnp.where(kept, old_scale, fresh_scale(absmax, self.format.max_code))
+    return kept, to_bfloat16_bits(scale), self._per_unit(scale)
+
+  def _per_unit(self, scale: jax.Array) -> jax.Array:
+    """How many units of the fixed point make one of the values."""
+    return reciprocal(scale) * np.float32(2.0**self.format.fraction_bits)
 
   def _round(
-    self, value: jax.Array, change: jax.Array, base: jax.Array, scale: jax.Array, bits: jax.Array | None
+    self,
+    value: jax.Array,
+    change: jax.Array,
+    base: jax.Array,
+    scales: jax.Array,
+    per_unit: jax.Array,
+    bits: jax.Array | None,
   ) -> Payload:
     max_code, fraction_bits = self.format.max_code, self.format.fraction_bits
-    per_unit = reciprocal(scale) * np.float32(2.0**fraction_bits)
     fixed = lax.round(change * self._spread(per_unit), lax.RoundingMethod.TO_NEAREST_EVEN)
     top = max_code << fraction_bits
     fixed = jnp.clip(fixed.astype(jnp.int32) + base, -top if self.format.signed else 0, top)
@@ -261,7 +276,7 @@ class LinearCodec:
       code = jnp.where(value > 0, jnp.maximum(code, 1), code)
     code = code << fraction_bits
     error = (fixed - code) & jnp.int32((2 << fraction_bits) - 1)
-    return Payload((code << 1) | error, to_bfloat16_bits(scale))
+    return Payload((code << 1) | error, scales)
 
   def finish(self, payload: Payload) -> tuple[Stored, jax.Array]:
     """What to store, codes in view, and the error (wanted - stored) of the linear grid, float32 in view."""

@@ -4,9 +4,11 @@ A driver chooses the view that its platform computes well in; the arithmetic is 
 """
 
 import abc
+from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -21,6 +23,11 @@ _SHORTEST_PART = 8
 # Of a TPU's vector.
 _LANES = 128
 _MOST_PRODUCTS = 4096
+
+
+def inline(fn: Callable, *args: Any) -> Any:
+  """`fn(*args)`."""
+  return fn(*args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +60,10 @@ class View(abc.ABC):
   def absmax(self, x: jax.Array, axis: int, size: int) -> jax.Array:
     """float32 in view, without NaN, to the largest magnitude in each block of `size` elements along `axis`."""
 
+  def with_absmax(self, fn: Callable, x: jax.Array, axis: int, size: int, *per_block: jax.Array) -> Any:
+    """`fn(absmax, *per_block)`, of one value per block each; the absmax of a block of x with NaN is not finite."""
+    return fn(self.absmax(jnp.where(x == x, x, np.float32(np.inf)), axis, size), *per_block)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cells(View):
@@ -62,9 +73,12 @@ class Cells(View):
 
   Attributes:
     sizes: cell size per axis; 1 where the axis stays whole.
+    apart: gives `fn(*args)` of a function and its arguments; XLA on CPU would otherwise compute what is one number for
+      a block once for each cell, which takes as long as all that is done to its elements.
   """
 
   sizes: tuple[int, ...]
+  apart: Callable = inline
 
   def _view_shape(self, shape: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
     """`shape` with every axis split by `sizes` where this view splits it."""
@@ -92,7 +106,15 @@ class Cells(View):
     return repeated.reshape(self._view_shape(per_cell, sizes))
 
   def absmax(self, x: jax.Array, axis: int, size: int) -> jax.Array:
-    """The same, and NaN where a block holds one.
+    """The same, and NaN where a block holds one."""
+    return self._magnitude(self._largest(x, axis, size))
+
+  def with_absmax(self, fn: Callable, x: jax.Array, axis: int, size: int, *per_block: jax.Array) -> Any:
+    of_largest = lambda largest, *per_block: fn(self._magnitude(largest), *per_block)
+    return self.apart(of_largest, self._largest(x, axis, size), *per_block)
+
+  def _largest(self, x: jax.Array, axis: int, size: int) -> jax.Array:
+    """The largest magnitude in each block, as an integer without the sign bit, which `_magnitude` takes.
 
     Magnitudes are compared as integers, among which NaN is the largest: a maximum of floats on CPU may pass over it,
     and is a library call there that nothing can be fused into.
@@ -103,10 +125,13 @@ class Cells(View):
       view_axis = axis + sum(c > 1 for c in self.sizes[:axis]) + 1
       bits = jnp.max(bits, axis=view_axis)
     bits = bits.reshape(self._with_axis(axis, n // size, size // cell))
-    return lax.bitcast_convert_type(jnp.max(bits, axis=axis + 1) >> 1, jnp.float32)
+    return jnp.max(bits, axis=axis + 1)
+
+  def _magnitude(self, bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits >> 1, jnp.float32)
 
 
-def cells(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Cells:
+def cells(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]], apart: Callable = inline) -> Cells:
   """The cell view of a tile for arrays blocked along (axis, block size).
 
   A long cell is cut in equal parts where that leaves them long enough to vectorize: XLA on CPU fuses what it reduces
@@ -116,9 +141,8 @@ def cells(shape: tuple[int, ...], blocks: Sequence[tuple[int, int]]) -> Cells:
   for axis, size in blocks:
     sizes[axis] = math.gcd(sizes[axis], size)
   parts = [_format.largest_divisor(size, _LONGEST_CELL) if size else 1 for size in sizes]
-  return Cells(
-    shape, tuple(part if part >= _SHORTEST_PART else max(size, 1) for part, size in zip(parts, sizes, strict=True))
-  )
+  sizes = [part if part >= _SHORTEST_PART else max(size, 1) for part, size in zip(parts, sizes, strict=True)]
+  return Cells(shape, tuple(sizes), apart)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Tiles: as small as asked, and all of an array between them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +58,18 @@ def test_a_loop_over_tiles_runs_on_all_cores_of_a_cpu():
   assert any(' while(' in line for line in ours)
   # XLA marks the loops that it takes for small ones and makes functions of one thread of.
   assert not any('xla_cpu_small_call' in line for line in ours)
+
+
+@pytest.mark.parametrize('make', [lpmm.sgdm, lpmm.adamw])
+def test_what_is_one_number_for_a_block_is_not_computed_where_its_elements_are_rounded(make):
+  params, grads = lpmm.quantize({'w': jnp.ones((512, 512))}, lpmm.INT8), {'w': jnp.ones((512, 512))}
+  tx = make(0.1, 0.9)
+  step = jax.jit(lambda params, state, grads: lpmm.step(tx, grads, params, state))
+  text = step.lower(params, tx.init(params), grads).compile().as_text()
+  kernels = re.findall(r'^%\S*fused_computation.*?^}', text, re.MULTILINE | re.DOTALL)
+  rounding = [kernel for kernel in kernels if ' round-nearest-even(' in kernel]
+  assert len(rounding) >= 2
+  # Only the reciprocal of a scale takes a floor.
+  of_scales = [kernel for kernel in kernels if ' floor(' in kernel]
+  assert of_scales
+  assert not set(rounding) & set(of_scales)
