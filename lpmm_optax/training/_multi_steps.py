@@ -11,7 +11,6 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 import optax
 
@@ -60,17 +59,6 @@ class MultiStepsState(NamedTuple):
   acc_grads: Any
   skip_state: Any
   key: jax.Array
-
-
-def _where(when: jax.Array, fn: Callable[[Any], Any], x: Any) -> Any:
-  """`fn(x)` where `when`, bool[], and else x; a pytree of arrays, which is overwritten in place.
-
-  It is a loop of one turn or none: of a `lax.cond`, XLA on a GPU copies what it may change. A loop has no reverse-mode
-  derivative, so without anything quantized, which has none either, it is a `lax.cond`.
-  """
-  if not any(map(_array.is_quantized, jax.tree.leaves(x, is_leaf=_array.is_quantized))):
-    return lax.cond(when, fn, lambda x: x, x)
-  return _tiles.loop(when.astype(jnp.int32), lambda _, x: fn(x), _mesh.vary_as_results(fn, x))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -219,7 +207,7 @@ class Microbatches:
       result, inner_state, stepped = carried
       return *advance(result, inner_state), ~stepped
 
-    result, inner_state, stepped = _where(when, emit, (start, state.inner_opt_state, stepped))
+    result, inner_state, stepped = _step.where(when, emit, (start, state.inner_opt_state, stepped))
     # That `stepped` comes out of it makes this wait for the step, and so overwrite the accumulator in place. Emptied
     # inside, beside the loops that read it, it would exist twice.
     acc_grads = jax.tree.map(lambda x: jnp.where(stepped, jnp.zeros_like(x), x), state.acc_grads)
@@ -272,7 +260,7 @@ class Microbatches:
     def accumulate(targets):
       return self.accumulate(structure, self.with_targets(structure, state, targets), recent)
 
-    targets = _where(more, accumulate, self.targets(structure, state))
+    targets = _step.where(more, accumulate, self.targets(structure, state))
     state = self.with_targets(structure, state, targets)
     gradients = self.summed(structure, state, recent)
     state = state._replace(mini_step=jnp.where(more, optax.safe_increment(state.mini_step), state.mini_step))

@@ -1,5 +1,6 @@
 """`step`, and what keeps it in place: `chain`, `apply_if_finite`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from lpmm_optax.kernel import _gradient
+from lpmm_optax.kernel import _tiles
 from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
+from lpmm_optax.storage import _mesh
 
 
 def step(
@@ -94,6 +97,17 @@ def chain(*txs: optax.GradientTransformation) -> _transformation.InPlaceTransfor
   return _transformation.InPlaceTransformation('chain', chained.init, update, chained_step, explain=explain)
 
 
+def where(when: jax.Array, fn: Callable[[Any], Any], x: Any) -> Any:
+  """`fn(x)` where `when`, bool[], and else x; a pytree of arrays, which is overwritten in place.
+
+  It is a loop of one turn or none: of a `lax.cond`, XLA on a GPU copies what it may change. A loop has no reverse-mode
+  derivative, so without anything quantized, which has none either, it is a `lax.cond`.
+  """
+  if not any(map(_array.is_quantized, jax.tree.leaves(x, is_leaf=_array.is_quantized))):
+    return lax.cond(when, fn, lambda x: x, x)
+  return _tiles.loop(when.astype(jnp.int32), lambda _, x: fn(x), _mesh.vary_as_results(fn, x))
+
+
 def _all_finite(x: jax.Array) -> jax.Array:
   """Whether an array is free of NaN and Inf, of which x - x makes NaN; XLA on CPU would store the mask of isfinite."""
   return jnp.sum(x - x) == 0
@@ -127,30 +141,25 @@ def apply_if_finite(
   if not isinstance(inner, _transformation.InPlaceTransformation):
     raise TypeError('lpmm.apply_if_finite wraps an lpmm_optax optimizer; for others there is optax.apply_if_finite')
 
-  def guard(gradients, params, state, advance, rejected):
+  def guard(gradients, params, state, advance, start):
     arrays = jax.tree.leaves(_gradient.dense(gradients, params))
     finite = jnp.all(jnp.array([_all_finite(g) for g in arrays], bool))
     consecutive = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
-    new, inner_state = lax.cond(
-      finite | (consecutive > max_consecutive_errors),
-      advance,
-      lambda params, inner_state: (rejected(params), inner_state),
-      params,
-      state.inner_state,
-    )
+    accepted = finite | (consecutive > max_consecutive_errors)
+    new, inner_state = where(accepted, lambda old: advance(*old), (start, state.inner_state))
     total = jnp.where(finite, state.total_notfinite, optax.safe_increment(state.total_notfinite))
     return new, optax.ApplyIfFiniteState(consecutive, finite, total, inner_state)
 
   def update(gradients, state, params=None, **extra_args):
-    def advance(params, inner_state):
+    def advance(_, inner_state):
       deltas, inner_state = inner.update(gradients, inner_state, params, **extra_args)
       return _array.unseal(deltas), inner_state
 
-    return guard(gradients, params, state, advance, lambda params: jax.tree.map(jnp.zeros_like, params))
+    return guard(gradients, params, state, advance, jax.tree.map(jnp.zeros_like, params))
 
   def in_place(gradients, params, state, **extra_args):
     advance = lambda params, inner_state: inner.step(gradients, params, inner_state, **extra_args)
-    return guard(gradients, params, state, advance, lambda params: params)
+    return guard(gradients, params, state, advance, params)
 
   init, explain = optax.apply_if_finite(inner, max_consecutive_errors).init, _transformation.explain(inner)
   return _transformation.InPlaceTransformation('apply_if_finite', init, update, in_place, explain=explain)

@@ -386,3 +386,13 @@ def test_schedule_free_is_evaluated_by_one_call():
   wanted = contrib.schedule_free_eval_params(expected, dense)
   # z takes the format of the parameters.
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2 * ATOL), found, wanted)
+
+
+@pytest.mark.parametrize('wrap', [lambda tx: lpmm.apply_if_finite(tx, 3), lambda tx: lpmm.MultiSteps(tx, 2)])
+def test_what_may_not_change_is_in_no_conditional(wrap):
+  """XLA for a GPU copied all that a conditional may change: with jax 0.10.2, 3 bytes per parameter of AdamW."""
+  params, tx = lpmm.quantize({'w': jnp.ones((256, 256))}, lpmm.INT8), wrap(lpmm.adamw(0.1))
+  jaxpr = jax.make_jaxpr(lambda *args: lpmm.step(tx, *args))({'w': jnp.ones((256, 256))}, params, tx.init(params))
+  changing = [eqn for eqn in jaxpr.eqns if any(var.aval.shape == (256, 256) for var in eqn.outvars)]
+  assert 'while' in {eqn.primitive.name for eqn in changing}
+  assert 'cond' not in {eqn.primitive.name for eqn in changing}
