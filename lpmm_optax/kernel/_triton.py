@@ -133,7 +133,7 @@ def _update_lot(body: _body.Body, size: int, lot: Lot, is_only: bool, interpret:
 
   # What this lot does not write is kept in the arrays that it writes.
   passed = body.read if is_only else [*body.read, *(value for value in body.written if value not in body.read)]
-  rules = {'convert_element_type': _convert} | ({} if interpret else _rules(plt))
+  rules = {'convert_element_type': _convert} if interpret else _rules(plt)
   is_packed = {value: x.dtype == jnp.int4 for value, x in body.arrays.items()}
   operands = {value: _bytes_of(x) if is_packed[value] else x for value, x in body.arrays.items()}
 
@@ -193,26 +193,44 @@ def _convert(x: jax.Array, *, new_dtype: Any, **_: Any) -> jax.Array:
 def _rules(plt: Any) -> dict[str, Callable]:
   """What Pallas' Triton does not know, or must not contract; `plt` is its module."""
 
-  def instruction(asm, *args):
+  def instruction(asm, *args, dtype=jnp.float32):
     operands = ', '.join(f'${i}' for i in range(len(args) + 1))
-    shape = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
-    constraints = ','.join(['=f', *'f' * len(args)])
-    code = f'{asm} {operands};'
-    return plt.elementwise_inline_asm(code, args=args, constraints=constraints, pack=1, result_shape_dtypes=[shape])[0]
+    shape = jnp.broadcast_shapes(*(x.shape for x in args))
+    args = [jnp.broadcast_to(x, shape or (1,)) for x in args]  # Of one block, a number.
+    constraints = ','.join(['=r' if dtype == jnp.int32 else '=f', *'f' * len(args)])
+    type_of = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
+    results = plt.elementwise_inline_asm(
+      f'{asm} {operands};', args=args, constraints=constraints, pack=1, result_shape_dtypes=type_of
+    )
+    return results[0].reshape(shape)
+
+  unrounded: dict[int, tuple[jax.Array, jax.Array]] = {}  # By id; and what has it, which keeps it taken.
 
   def round_to_even(x, *, rounding_method):
     assert rounding_method == lax.RoundingMethod.TO_NEAREST_EVEN
-    return instruction('cvt.rni.f32.f32', x)
+    rounded = instruction('cvt.rni.f32.f32', x)
+    unrounded[id(rounded)] = rounded, x
+    return rounded
+
+  def convert(x, *, new_dtype, **_):
+    if (x.dtype, new_dtype) != (jnp.float32, jnp.int32):
+      return _convert(x, new_dtype=new_dtype)
+    # One instruction, which clamps, and takes NaN for 0, where JAX has five; or six with a rounding before it.
+    if id(x) in unrounded:
+      return instruction('cvt.rni.s32.f32', unrounded[id(x)][1], dtype=jnp.int32)
+    return instruction('cvt.rzi.s32.f32', x, dtype=jnp.int32)
 
   def multiply(x, y, **_):
     # LLVM would make a product and a sum one operation; what PTX is told how to round stays as it is.
-    if x.dtype != jnp.float32:
-      return x * y
-    shape = jnp.broadcast_shapes(x.shape, y.shape)
-    x, y = (jnp.broadcast_to(operand, shape or (1,)) for operand in (x, y))  # Of one block, a number.
-    return instruction('mul.rn.f32', x, y).reshape(shape)
+    return x * y if x.dtype != jnp.float32 else instruction('mul.rn.f32', x, y)
 
   def power(x, *, y):
     return multiply(x, x) if y == 2 else instruction('mov.f32', lax.integer_pow(x, y))
 
-  return {'round': round_to_even, 'mul': multiply, 'square': lambda x: multiply(x, x), 'integer_pow': power}
+  return {
+    'convert_element_type': convert,
+    'integer_pow': power,
+    'mul': multiply,
+    'round': round_to_even,
+    'square': lambda x: multiply(x, x),
+  }

@@ -136,6 +136,9 @@ def test_the_platform_that_is_lowered_for_decides(monkeypatch, name, format, sha
   # A product that LLVM knows of may become one operation with a sum.
   assert 'mul.rn.f32' in lowered['cuda']
   assert 'mulf' not in lowered['cuda']
+  # Of a float to an integer JAX makes five operations.
+  assert 'cvt.rni.s32.f32' in lowered['cuda']
+  assert 'fptosi' not in lowered['cuda']
 
 
 @pytest.mark.filterwarnings('ignore:The Pallas Triton backend is deprecated:DeprecationWarning')
