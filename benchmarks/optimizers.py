@@ -10,7 +10,7 @@ one layer, on the text. Optimizers are found by name and keep their own defaults
 best of four in float32, for each task. The loss is relative to that at the start, in the mean over the last tenth of
 the steps, for `spike` over all steps after it. Each has its state in the default formats of `low_precision`: with
 parameters in 8 bits that are rounded stochastically ("8 bits"), with error feedback where there is one ("feedback"),
-and with parameters in float32 ("state alone").
+with parameters in 16 bits, and with parameters in float32 ("state alone").
 """
 
 import argparse
@@ -64,6 +64,7 @@ METHODS = {
   'float32': Method(None, False),
   '8 bits': Method(lpmm.INT8, True, False),
   'feedback': Method(lpmm.INT8, True, True),
+  '16 bits': Method(lpmm.INT16, True),
   'state alone': Method(None, True),
 }
 # What is passed to an update; a line search takes nothing that it does not know.
@@ -260,16 +261,21 @@ def cell(value: float | None) -> str:
 
 def table(runs: list[dict[str, Any]]) -> Iterator[str]:
   """In Markdown."""
-  columns = ('default', 'no feedback', 'state alone')
-  yield '| optimizer | ' + ' | '.join(f'{task}, {column}' for task in TASKS for column in columns) + ' |'
-  yield '|---' * (len(TASKS) * len(columns) + 1) + '|'
-  for name in sorted({r['optimizer'] for r in runs}):
-    cells = []
-    for task in TASKS:
-      plain, feedback, state = (ratio(runs, name, task, method) for method in ('8 bits', 'feedback', 'state alone'))
-      cells += [plain, None, state] if feedback is None else [feedback, plain, state]
-    if any(x is not None for x in cells):
-      yield f'| `{name}` | ' + ' | '.join(map(cell, cells)) + ' |'
+  names = sorted({r['optimizer'] for r in runs})
+  columns: dict[str, list[float | None]] = {}
+  for task in TASKS:
+    plain, feedback, wide, state = (
+      [ratio(runs, name, task, method) for name in names] for method in METHODS if method != 'float32'
+    )
+    columns[f'{task}, default'] = [x if y is None else y for x, y in zip(plain, feedback, strict=True)]
+    columns[f'{task}, no feedback'] = [None if y is None else x for x, y in zip(plain, feedback, strict=True)]
+    columns[f'{task}, 16 bits'], columns[f'{task}, state alone'] = wide, state
+  columns = {title: column for title, column in columns.items() if any(x is not None for x in column)}
+  yield '| optimizer | ' + ' | '.join(columns) + ' |'
+  yield '|---' * (len(columns) + 1) + '|'
+  for name, *values in zip(names, *columns.values(), strict=True):
+    if any(x is not None for x in values):
+      yield f'| `{name}` | ' + ' | '.join(map(cell, values)) + ' |'
   failed = {r['optimizer']: r['error'] for r in runs if 'error' in r and r['method'] != 'feedback'}
   if failed:
     yield from ('', 'These could not be run as the others are:', '')
