@@ -93,7 +93,7 @@ def flash_adamw(rate, decay, key):
 
   tx = flashoptim.flash_adamw(rate, B1, B2, weight_decay=decay, fused=jax.default_backend() == 'gpu')
   step = lambda grads, params, opt_state: tx.step(params, opt_state, grads)
-  return lpmm.InPlaceTransformation(tx.init, None, step)
+  return lpmm.InPlaceTransformation('flash_adamw', tx.init, None, step)
 
 
 INTO = lpmm.INTO_MOMENTUM
@@ -247,7 +247,6 @@ def only(what: str, params: Any, formats: dict[str, Any]) -> Method:
 
 VARIANTS = {
   'adamw-8/parameters': only('the parameters', lpmm.INT8, {'mu': None, 'nu': None}),
-  'adamw-8/mu': only('the first moment', jnp.float32, {'mu': lpmm.INT8, 'nu': None}),
   'adamw-8/nu': only('the second moment', jnp.float32, {'mu': None, 'nu': lpmm.UINT8_SQRT}),
   'adamw-16/8': with_params('adamw-8', lpmm.INT16, '16-bit parameters'),
   'sgdm-4-paper': with_params('sgdm-8-paper', lpmm.INT4, '4-bit parameters'),
@@ -337,7 +336,6 @@ ABLATIONS = {
     'in 8 bits, the others in float32 (parameters beside 8-bit moments: 16 bits)',
     {
       'feedback where parameters are rounded': {
-        'mu': Point('adamw-8/mu'),
         'nu': Point('adamw-8/nu'),
         'parameters': Point('adamw-8/parameters'),
         'moments': Point('adamw-16/8'),

@@ -1,5 +1,6 @@
 """The accuracy benchmark repeats no run that it has, and its report holds what the file does."""
 
+import importlib.util
 from pathlib import Path
 import re
 
@@ -108,6 +109,16 @@ def test_a_run_holds_what_it_takes_to_judge_it(file):
 
 
 @pytest.mark.slow
+def test_every_method_has_formats_that_its_optimizer_takes():
+  weights = {'w': jnp.ones((64, 64))}
+  for name, method in accuracy.ALL_METHODS.items():
+    if name == 'adamw-flash' and importlib.util.find_spec('flashoptim_jax') is None:
+      continue  # It comes with the extra 'benchmarks'.
+    is_format = isinstance(method.params, lpmm.Format)
+    params = lpmm.quantize(weights, method.params) if is_format else {'w': weights['w'].astype(method.params)}
+    jax.eval_shape(method.make_tx(lambda step: 0.1, 0.01, jax.random.key(0)).init, params)
+
+
 @pytest.mark.parametrize(('name', 'microbatches'), [('sgdm-8', 1), ('sgdm-8-nearest', 2)])
 def test_seeds_together_end_as_each_alone(name, microbatches):
   task = regression({'steps': 5})
