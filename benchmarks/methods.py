@@ -79,6 +79,11 @@ def our_adamw(error_feedback=True, formats='default'):
   )
 
 
+def traced_adamw(rate, decay, key):
+  """As `low_precision` finds it: feedback follows from the derivatives of the traced program."""
+  return lpmm.low_precision(optax_adamw(rate, decay, key), key=key)
+
+
 def optax_lion(rate, decay, key):
   return optax.lion(rate, LION_B1, LION_B2, weight_decay=decay)
 
@@ -143,6 +148,9 @@ METHODS = {
     'adamw', lpmm.BFLOAT16, our_adamw(False, lpmm.BFLOAT16), lpmm.BFLOAT16, 'adamw-fp32', 'bfloat16, stochastic'
   ),
   'adamw-8': Method('adamw', lpmm.INT8, our_adamw(), lpmm.INT8, 'adamw-fp32', '8 bits, feedback (recommended)'),
+  'adamw-8-traced': Method(
+    'adamw', lpmm.INT8, traced_adamw, lpmm.INT8, 'adamw-fp32', '8 bits, low_precision(optax.adamw)'
+  ),
   'adamw-8-nearest': Method('adamw', NEAREST, our_adamw(False, ADAM_NEAREST), NEAREST, 'adamw-fp32', '8 bits, nearest'),
   'adamw-8-plain': Method('adamw', lpmm.INT8, our_adamw(False), lpmm.INT8, 'adamw-fp32', '8 bits, stochastic'),
   'adamw-8/8/4': Method(
