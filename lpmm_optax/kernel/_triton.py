@@ -193,14 +193,14 @@ def _convert(x: jax.Array, *, new_dtype: Any, **_: Any) -> jax.Array:
 def _rules(plt: Any) -> dict[str, Callable]:
   """What Pallas' Triton does not know, or must not contract; `plt` is its module."""
 
-  def instruction(asm, *args, dtype=jnp.float32):
-    operands = ', '.join(f'${i}' for i in range(len(args) + 1))
-    shape = jnp.broadcast_shapes(*(x.shape for x in args))
-    args = [jnp.broadcast_to(x, shape or (1,)) for x in args]  # Of one block, a number.
+  def instruction(asm, *operands, dtype=jnp.float32):
+    names = ', '.join(f'${i}' for i in range(len(operands) + 1))
+    shape = jnp.broadcast_shapes(*(x.shape for x in operands))
+    args = [jnp.broadcast_to(x, shape or (1,)) for x in operands]  # Of one block, a number.
     constraints = ','.join(['=r' if dtype == jnp.int32 else '=f', *'f' * len(args)])
     type_of = [jax.ShapeDtypeStruct(args[0].shape, dtype)]
     results = plt.elementwise_inline_asm(
-      f'{asm} {operands};', args=args, constraints=constraints, pack=1, result_shape_dtypes=type_of
+      f'{asm} {names};', args=args, constraints=constraints, pack=1, result_shape_dtypes=type_of
     )
     return results[0].reshape(shape)
 
