@@ -159,9 +159,9 @@ class LinearCodec:
 
     What was encoded so, and decoded to `dtype`, gets the same grid again.
     """
-    value = self._storable(value)
-    scale = self._first_scale(self._root(value), self._root(self._absmax(value)), jnp.finfo(dtype))
-    value = self._root(value)
+    storable = self._storable(value)
+    value = self._root(storable)
+    scale = self._first_scale(value, self._root(self._absmax(storable)), jnp.finfo(dtype))
     return self._round(value, value, jnp.int32(0), to_bfloat16_bits(scale), self._per_unit(scale), bits)
 
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:

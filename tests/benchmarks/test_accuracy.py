@@ -119,6 +119,7 @@ def test_every_method_has_formats_that_its_optimizer_takes():
     jax.eval_shape(method.make_tx(lambda step: 0.1, 0.01, jax.random.key(0)).init, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'microbatches'), [('sgdm-8', 1), ('sgdm-8-nearest', 2)])
 def test_seeds_together_end_as_each_alone(name, microbatches):
   task = regression({'steps': 5})
