@@ -197,18 +197,18 @@ class Program:
     return total
 
   def _count_kernel(self, computation: Computation, op: Op) -> Counts:
-    moved, touched = self._moved(computation, op), self._moved(computation, op, on_chip=True)
+    moved, touched = (self._pieces(computation, op, on_chip) for on_chip in (False, True))
     cycles = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
     # An engine of its own moves what is copied in the background.
     is_kernel = not op.in_background or op.opcode in ('fusion', 'custom-call')
     is_collective = op.opcode in COLLECTIVES
     return Counts(
       kernels=int(is_kernel),
-      large_kernels=int(is_kernel and touched > SMALL),
-      bytes=moved,
+      large_kernels=int(is_kernel and max(touched, default=0) > SMALL),
+      bytes=sum(moved),
       collectives=int(is_collective),
       collective_bytes=sum(array_sizes(op.type, on_chip=True)) if is_collective else 0.0,
-      copied_bytes=moved if self._is_copy(op) and moved == touched else 0.0,
+      copied_bytes=sum(moved) if self._is_copy(op) and moved == touched else 0.0,
       cycles=int(cycles[1]) if cycles else 0,
     )
 
@@ -219,16 +219,17 @@ class Program:
     inner = self.computations[op.called('calls')[0]].values()
     return {other.opcode for other in inner} <= {'parameter', 'copy', 'bitcast', 'tuple'}
 
-  def _moved(self, computation: Computation, op: Op, on_chip: bool = False) -> float:
+  def _pieces(self, computation: Computation, op: Op, on_chip: bool) -> list[float]:
+    """Bytes of each operand that an operation reads, and of each result that it writes."""
     sizes = array_sizes(op.type, on_chip)
     if op.opcode == 'copy-start':
-      return sum(sizes[:2])  # What it writes, what it reads, and a flag.
-    reads = sum(self._read(computation, op, i, on_chip) for i in range(len(op.operands)))
+      return sizes[:2]  # What it writes, what it reads, and a flag.
+    reads = [self._read(computation, op, i, on_chip) for i in range(len(op.operands))]
     if op.opcode == 'custom-call' and re.search(r'custom_call_target="__cu(blas|dnn)', op.rest) and len(sizes) > 1:
-      return reads + sum(sizes[:-1])
+      return reads + sizes[:-1]
     if op.opcode == 'fusion':
       return reads + self._written(self.computations[op.called('calls')[0]], on_chip, op.type)
-    return reads + self._size_put(computation, op, on_chip)
+    return [*reads, self._size_put(computation, op, on_chip)]
 
   def _size_put(self, computation: Computation, op: Op, on_chip: bool) -> float:
     """Bytes that an operation writes if what it updates is in place."""
@@ -236,13 +237,13 @@ class Program:
       return sum(array_sizes(computation[op.operands[UPDATES[op.opcode]]].type, on_chip))
     return sum(array_sizes(op.type, on_chip))
 
-  def _written(self, inner: Computation, on_chip: bool, type: str) -> float:
-    """Bytes that a fusion writes; memory spaces are those of its own type."""
+  def _written(self, inner: Computation, on_chip: bool, type: str) -> list[float]:
+    """Bytes of each result that a fusion writes; memory spaces are those of its own type."""
     spaces = array_sizes(type, on_chip)
     outputs = list(self._outputs(inner))
     if len(outputs) == 1 < len(spaces):  # One operation with several results, such as a reduction of pairs.
-      return sum(spaces)
-    return sum(min(whole, self._size_put(inner, op, True)) for whole, op in zip(spaces, outputs, strict=True))
+      return spaces
+    return [min(whole, self._size_put(inner, op, True)) for whole, op in zip(spaces, outputs, strict=True)]
 
   def _outputs(self, inner: Computation) -> Iterator[Op]:
     """What a fusion returns, one by one, with bitcasts looked through."""

@@ -181,13 +181,14 @@ class LinearCodec:
     storable = self._storable(value)
     # Of the values as they are, where NaN is found too: XLA on CPU would write to memory what two have to read.
     source = storable if self.squares else value
-    kept, scales, per_unit = self.view.with_absmax(self._next_grid, source, self.axis, self.size, old.scales)
+    scales, per_unit = self.view.with_absmax(self._next_grid, source, self.axis, self.size, old.scales)
     value = self._root(storable)
     codes = self._codes(old)
     if delta is None:
       delta = value - codes.astype(jnp.float32) * self._spread(from_bfloat16_bits(old.scales))
-    # Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
-    kept = self._spread(kept)
+    # A block that stores its scale again has kept it, for a fresh one would be another; NaN, which none keeps, equals
+    # nothing. Both ends of a change within the limit lie at most 2 max_code apart, which the fixed point has room for.
+    kept = self._spread(from_bfloat16_bits(scales) == from_bfloat16_bits(old.scales))
     base = jnp.where(kept, codes.astype(jnp.int32) << self.format.fraction_bits, jnp.int32(0))
     return self._round(value, jnp.where(kept, delta, value), base, scales, per_unit, bits)
 
@@ -244,12 +245,11 @@ class LinearCodec:
     """Values as they lie on the grid's axis; the largest has the largest root, so one per block is taken of that."""
     return jnp.sqrt(value) if self.squares else value
 
-  def _next_grid(self, absmax: jax.Array, old_scales: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of blocks' absmax and stored scales: whether these are kept, those to store, and `_per_unit` of the latter."""
+  def _next_grid(self, absmax: jax.Array, old_scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of blocks' absmax and stored scales: those to store, and `_per_unit` of them."""
     absmax, old_scale = self._root(absmax), from_bfloat16_bits(old_scales)
-    kept = self._keeps(old_scale, absmax)
-    scale = jnp.where(kept, old_scale, fresh_scale(absmax, self.format.max_code))
-    return kept, to_bfloat16_bits(scale), self._per_unit(scale)
+    scale = jnp.where(self._keeps(old_scale, absmax), old_scale, fresh_scale(absmax, self.format.max_code))
+    return to_bfloat16_bits(scale), self._per_unit(scale)
 
   def _per_unit(self, scale: jax.Array) -> jax.Array:
     """How many units of the fixed point make one of the values."""

@@ -165,6 +165,23 @@ def test_the_scale_is_the_smallest_bfloat16_that_holds_the_block():
     assert np.all(below * max_code < absmax)
 
 
+@pytest.mark.parametrize('format', [*LINEAR, lpmm.UINT4_SQRT, lpmm.UINT8_SQRT], ids=str)
+def test_a_block_keeps_its_scale_exactly_where_it_is_stored_again(format):
+  bits = np.arange(0x3F00, 0x4080, dtype=np.uint16)
+  scale = np.asarray(_codec.from_bfloat16_bits(jnp.asarray(bits)))[:, None]
+  bound = np.float32([format.least_largest_code, format.max_code])
+  around = np.arange(-64, 65, dtype=np.int32) * np.int32(2) ** np.arange(0, 16, 3, dtype=np.int32)[:, None]
+  near = (scale[..., None, None] * bound[:, None, None]).view(np.int32) + around
+  largest = near.reshape(len(bits), -1).view(np.float32)
+  root = np.sqrt(largest * largest) if format.grid == 'sqrt' else largest
+  codec = _codec.LinearCodec(format, _view.cells((1, 1), []), axis=1, size=1)
+  absmax = jnp.asarray(largest * largest if format.grid == 'sqrt' else largest)
+  scales, _ = codec._next_grid(absmax, jnp.broadcast_to(jnp.asarray(bits)[:, None], absmax.shape))
+  is_kept = (root >= scale * bound[0]) & (root <= scale * bound[1])
+  assert 0.2 < np.mean(is_kept) < 0.8
+  np.testing.assert_array_equal(np.asarray(scales) == bits[:, None], is_kept)
+
+
 def test_the_reciprocal_is_correctly_rounded_for_every_scale():
   bits = np.arange(0x0080, 0x7F00, dtype=np.uint16)
   scale = np.asarray(_codec.from_bfloat16_bits(jnp.asarray(bits)))
