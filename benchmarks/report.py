@@ -65,6 +65,7 @@ SHORT_SUMMARY = (
   'adamw-flash',
   'sgdm-fp32-velocity',
   'sgdm-8',
+  'sgdm-fp32',
   'sgdm-bf16-nearest',
   'sgdm-8-nearest',
 )

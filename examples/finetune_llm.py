@@ -1,9 +1,9 @@
 """Fine-tunes all parameters of a language model of the Llama family, with parameters and optimizer in 8 bits.
 
   python examples/finetune_llm.py
-  python examples/finetune_llm.py --model Llama-3.2-1B --data notes.txt --output tuned
-  python examples/finetune_llm.py --model Qwen3-8B --data chats.jsonl --optimizer lion --microbatches 4 --context 2048
-  python examples/finetune_llm.py --model llama-3.1-8b --context 2048 --estimate
+  python examples/finetune_llm.py --model DIR --data notes.txt --output tuned
+  python examples/finetune_llm.py --model DIR --data chats.jsonl --optimizer lion --microbatches 4 --context 2048
+  python examples/finetune_llm.py --model llama-3.1-8b --context 2048 --batch-size 1 --estimate
 
 A model is a folder in Hugging Face's layout: config.json, tokenizer.json, model*.safetensors. Data is a text, or JSON
 lines of {"messages": [{"role": ..., "content": ...}, ...]}, which the folder's chat template renders; of these, only
@@ -129,18 +129,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     epilog=f'shapes for --estimate: {", ".join(SHAPES)}',
   )
   add = parser.add_argument
-  add('--model', metavar='DIR', help='folder of the model, or a shape (default: a small one, from scratch)')
+  add('--model', metavar='DIR', help='folder of the model; to estimate, also a shape (default: a small one)')
   add('--data', type=Path, metavar='FILE', help='UTF-8 text, or .jsonl of chats (default: README.md and docs)')
   add('--output', type=Path, default=Path('out/finetune_llm'), metavar='DIR', help='(default %(default)s)')
   add('--optimizer', choices=RATES, default='adamw', help='(default %(default)s)')
   add('--moment-bits', type=int, choices=(8, 4), default=8, help='of those of adamw (default %(default)s)')
   add('--learning-rate', type=float, help=f'after the warm-up (default {RATES})')
-  add('--weight-decay', type=float, help=f'of matrices (default {DECAYS})')
+  add('--weight-decay', type=float, help=f'of matrices, with sgdm of all (default {DECAYS})')
   add('--steps', type=int, default=500, help='of the optimizer (default %(default)s)')
   add('--warmup', type=int, metavar='STEPS', help='(default a tenth of the steps)')
   add('--batch-size', type=int, default=8, help='examples per step (default %(default)s)')
   add('--microbatches', type=int, default=1, metavar='N', help='in which they come (default %(default)s)')
-  add('--clip-norm', type=float, default=1.0, metavar='NORM', help='of a gradient, 0 for none (default %(default)s)')
+  add('--clip-norm', type=float, default=1.0, metavar='NORM', help='of gradients, see the guide; 0 for none (default %(default)s)')
   add('--context', type=int, default=512, help='tokens of an example (default %(default)s)')
   add('--dtype', choices=DTYPES, help='to compute in (default float32 on a CPU, else bfloat16)')
   add('--mesh', type=int, default=1, metavar='N', help='devices, over which parameters and batches are split')

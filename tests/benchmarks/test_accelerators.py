@@ -132,6 +132,21 @@ ENTRY %main (grads: f32[64,256]) -> (f32[64], s32[64]) {{
   assert hlo.count(text).bytes == FLOATS + 2 * 4 * 64
 
 
+def test_a_kernel_of_many_small_arrays_handles_scalars():
+  # A TPU pads each number to a row of 128.
+  names = [f'%word.{i}' for i in range(9)]
+  words = '\n'.join(f'  {name} = u32[1]{{0:T(128)}} parameter({i})' for i, name in enumerate(names))
+  text = f"""
+ENTRY %main () -> u32[9] {{
+{words}
+  ROOT %all = u32[9]{{0:T(128)}} concatenate({', '.join(names)}), dimensions={{0}}
+}}
+"""
+  counts = hlo.count(text)
+  assert counts.bytes == 10 * 512 > hlo.SMALL
+  assert (counts.kernels, counts.large_kernels) == (1, 0)
+
+
 @pytest.mark.parametrize(
   ('type', 'size'),
   [

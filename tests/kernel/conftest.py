@@ -9,7 +9,7 @@ import pytest
 def interpreted(monkeypatch, request):
   """Switches to the kernel from where it is called on, and sees that it is traced; the loop runs before.
 
-  Which kernel a file of tests is about, its INTERPRETED says: a value of LPMM_KERNEL.
+  Which kernel that is, a parameter says, or INTERPRETED in a file that is about one: a value of LPMM_KERNEL.
   """
   monkeypatch.delenv('LPMM_KERNEL', raising=False)
   calls = []
@@ -18,7 +18,7 @@ def interpreted(monkeypatch, request):
 
   def switch():
     jax.clear_caches()
-    monkeypatch.setenv('LPMM_KERNEL', request.module.INTERPRETED)
+    monkeypatch.setenv('LPMM_KERNEL', request.param if hasattr(request, 'param') else request.module.INTERPRETED)
 
   yield switch
   assert calls
