@@ -140,7 +140,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
   add('--warmup', type=int, metavar='STEPS', help='(default a tenth of the steps)')
   add('--batch-size', type=int, default=8, help='examples per step (default %(default)s)')
   add('--microbatches', type=int, default=1, metavar='N', help='in which they come (default %(default)s)')
-  add('--clip-norm', type=float, default=1.0, metavar='NORM', help='of gradients, see the guide; 0 for none (default %(default)s)')
+  add('--clip-norm', type=float, default=1.0, metavar='NORM', help='see the guide; 0 for none (default %(default)s)')
   add('--context', type=int, default=512, help='tokens of an example (default %(default)s)')
   add('--dtype', choices=DTYPES, help='to compute in (default float32 on a CPU, else bfloat16)')
   add('--mesh', type=int, default=1, metavar='N', help='devices, over which parameters and batches are split')
