@@ -28,7 +28,7 @@ from lpmm_optax.storage import _view
 # Of a vector: rows of the smallest dtype, which packs four of them into one row of 32 bits, and lanes.
 _ROWS = 32
 _SUBLANES = 8
-_LANES = 128
+_LANES = _view.LANES
 
 # Elements in a tile, and columns in one of few rows. Compiled for a v5e, sgdm takes .051, .043, .039 and .036 cycles a
 # parameter in 512, 1024, 2048 and 4096 columns, as scales fill more of their lanes, and longer to compile.

@@ -12,9 +12,11 @@ def check_scalar(name: str, value: Any) -> Any:
   """The scalar; refuses an array that was cast to the integer type of quantized parameters.
 
   Raises:
-    TypeError: if it has an integer dtype.
+    TypeError: if it has an integer dtype, or is a schedule.
     ValueError: if it is no scalar.
   """
+  if callable(value):
+    raise TypeError(f'{name} must be a number, got {value!r}; optax.inject_hyperparams takes a schedule of it')
   if isinstance(value, jax.Array) and not jnp.issubdtype(value.dtype, jnp.floating):
     raise TypeError(
       f'{name} has dtype {value.dtype}: optax.inject_hyperparams takes it from the parameters, whose codes are '

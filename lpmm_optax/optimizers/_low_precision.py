@@ -113,9 +113,10 @@ def low_precision(
     chain: nothing may transform its integer deltas.
 
   Raises:
-    TypeError, ValueError: for formats that cannot hold a field, at `init`, naming field and leaf, what is done with it
-      and which formats can; at `update`, for a quantized leaf that has no momentum if error_feedback is True, and for a
-      state that it did not make. What `inner` itself raises gets a note that says how it was called.
+    TypeError, ValueError: for what is no key, or a tile_size under 1; for formats that cannot hold a field, at `init`,
+      naming field and leaf, what is done with it and which formats can; at `update`, for a quantized leaf that has no
+      momentum if error_feedback is True, and for a state that it did not make. What `inner` itself raises gets a note
+      that says how it was called.
 
   >>> import jax, jax.numpy as jnp, optax, lpmm_optax as lpmm
   >>> inner = optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.01, momentum=0.9))
@@ -172,7 +173,11 @@ def _evaluate_outer(
     if reduction.leaf in gradients and _array.is_quantized(gradients[reduction.leaf].accumulated)
   }
 
+  given = {*reductions, *reduced}
+
   def evaluate(zero, sources):
+    reduced_here: dict[int, jax.Array] = {}
+
     def exact(fn, x):
       return _program.uncontracted(fn, zero)(x)
 
@@ -181,11 +186,15 @@ def _evaluate_outer(
       if value in reduced:
         return sources['reduced'][value]
       if value in reductions:
-        reduction = reductions[value]
-        scalars = plan.graph.evaluate(reduction.scalars, argument, zero=zero)
-        values = [scalars[v] for v in reduction.scalars]
-        gradient = sources['gradient'][reduction.leaf]
-        return _update.reduce_leaf(reduction.name, aval.dtype, reduction.program, tile_size, gradient, values)
+        if value not in reduced_here:
+          reduction = reductions[value]
+          # Of what a first norm has clipped, a second one needs the first.
+          scalars = plan.graph.evaluate(reduction.scalars, argument, given=given, zero=zero)
+          values = [scalars[v] for v in reduction.scalars]
+          gradient = sources['gradient'][reduction.leaf]
+          args = reduction.name, aval.dtype, reduction.program, tile_size, gradient, values
+          reduced_here[value] = _update.reduce_leaf(*args)
+        return reduced_here[value]
       if value in plan.graph.known:
         return sources['closure'][value]
       what, index = plan.inputs[value]
@@ -197,7 +206,6 @@ def _evaluate_outer(
         return _program.hidden(x) if is_number else x
       return exact(lambda x: _array.dequantize(x, aval.dtype), x)
 
-    given = {*reductions, *reduced}
     return plan.graph.evaluate(wanted, argument, given=given, zero=zero, with_effects=with_effects)
 
   templates = {value: _array.stored(leaves[i]).codes for i, leaf in plan.leaves.items() for value in leaf.reads}
@@ -305,9 +313,7 @@ class LowPrecision:
     """The states of the preceding transformations, and our own."""
     before, own = (), state
     if self.preceding is not None:
-      count = len(state) if isinstance(state, tuple) else 1
-      if count != len(self.preceding) + 1:
-        raise ValueError(f'a chain of {len(self.preceding) + 1} transformations got a state of {count}')
+      _transformation.check_chain(state, len(self.preceding) + 1)
       *before, own = state
     if not isinstance(own, LowPrecisionState):
       raise TypeError(

@@ -104,9 +104,22 @@ def _restore(cls, init, update, attributes):
   return self
 
 
+def check_chain(state: Any, count: int) -> None:
+  """Raises a ValueError unless it is the state of a chain of so many transformations."""
+  found = len(state) if isinstance(state, tuple) else 1
+  if found != count:
+    raise ValueError(f'a chain of {count} transformations got a state of {found}')
+
+
 def optimizer_of(tx: Any) -> Any:
   """The optimizer of this package that a transformation is; None if it is a wrapper, or another's."""
   return tx._optimizer if isinstance(tx, InPlaceTransformation) else None
+
+
+def whole_optimizer_of(tx: Any) -> Any:
+  """The same where another may be made of it: None if its `init` is not its own, which the other would lack."""
+  optimizer = optimizer_of(tx)
+  return optimizer if optimizer is not None and tx.init == optimizer.init else None
 
 
 class Explanation(NamedTuple):

@@ -167,9 +167,11 @@ class _Walk:
     """The state of one MultiSteps to that of another."""
     if not all(isinstance(x, _MULTI_STEPS) for x in (source, target)):
       raise ValueError(f'{_array.path_str(path)}: only one of the two trees has the state of a MultiSteps')
-    key = {}
-    if isinstance(target, MultiStepsState):
-      key = {'key': source.key if isinstance(source, MultiStepsState) else _concrete_key(path, target.key)}
+    own: dict[str, Any] = {}
+    if isinstance(target, MultiStepsState) and isinstance(source, MultiStepsState):
+      own = {'key': source.key, 'microbatches': source.microbatches}
+    elif isinstance(target, MultiStepsState):
+      own = {'key': _concrete_key(path, target.key), 'microbatches': jnp.zeros((), jnp.int32)}
     stored = lambda tree: [_array.is_quantized(x) for x in jax.tree.leaves(tree, is_leaf=_array.is_quantized)]
     if stored(source.acc_grads) == stored(target.acc_grads):
       acc_grads = self.convert((*path, _key('acc_grads')), source.acc_grads, target.acc_grads)
@@ -188,7 +190,7 @@ class _Walk:
       inner_opt_state=self.convert((*path, _key('inner_opt_state')), source.inner_opt_state, target.inner_opt_state),
       acc_grads=acc_grads,
       skip_state=self.convert((*path, _key('skip_state')), source.skip_state, target.skip_state),
-      **key,
+      **own,
     )
 
 
@@ -228,7 +230,9 @@ def _momentum_of(state: Any) -> Any:
 def _count_of(state: Any) -> jax.Array:
   """Steps taken, int32[]; 0 for an optimizer that does not count."""
   counts = [count for _, count in optax.tree.get_all_with_path(state, 'count')]
-  return functools.reduce(jnp.maximum, counts, jnp.zeros((), jnp.int32))
+  # Moments of a parameter of that name are none.
+  is_count = lambda x: getattr(x, 'shape', None) == () and jnp.issubdtype(x.dtype, jnp.integer)
+  return functools.reduce(jnp.maximum, filter(is_count, counts), jnp.zeros((), jnp.int32))
 
 
 def _concrete_key(path: Any, key: Any) -> jax.Array:
@@ -236,4 +240,5 @@ def _concrete_key(path: Any, key: Any) -> jax.Array:
     raise ValueError(
       f'{_array.path_str(path)}: the new optimizer has a key; give convert a concrete state, tx.init(params)'
     )
-  return key
+  # A copy, since a step that donates the state deletes it.
+  return jnp.array(key)

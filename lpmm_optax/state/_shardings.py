@@ -48,8 +48,7 @@ def shardings(tree: Any, params: Any, specs: Any, mesh: Mesh | jax.sharding.Abst
   P('data', None)
   """
   structure, leaves = _plan.flatten(_array.unwrap(params))
-  # What maps over the arrays of quantized parameters gives specs for their codes, which are the parameters'.
-  specs = jax.tree.map(lambda x: x.codes if _array.is_quantized(x) else x, specs, is_leaf=_array.is_quantized)
+  specs = _array.of_codes(specs)
   is_spec = lambda x: isinstance(x, PartitionSpec | NamedSharding)
   numbered = structure.treedef.unflatten(range(len(leaves)))
   spec_structure: Any = jax.tree.structure(specs, is_leaf=is_spec)
@@ -88,9 +87,9 @@ def _of_param(path: str, shape: tuple[int, ...], spec: Any, mesh: Any) -> NamedS
     raise ValueError(f'{path}: expected a PartitionSpec, got {spec!r}')
   if len(spec) > len(shape):
     raise ValueError(f'{path}: {spec} has more axes than the parameter, of shape {shape}')
-  sharding = NamedSharding(mesh, spec)
   try:
+    sharding = NamedSharding(mesh, spec)
     sharding.shard_shape(shape)
   except ValueError as error:
-    raise ValueError(f'{path}: {spec} does not split the shape {shape} evenly: {error}') from error
+    raise ValueError(f'{path}: {spec} does not split the shape {shape} over {mesh}: {error}') from error
   return sharding

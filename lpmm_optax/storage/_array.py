@@ -166,6 +166,11 @@ def unwrap(tree: Any) -> Any:
   return jax.tree.map(content, tree, is_leaf=lambda x: _wrapper_of(x) is not None)
 
 
+def of_codes(tree: Any) -> Any:
+  """What a map over quantized parameters that knows nothing of them has given their codes, for both of their arrays."""
+  return jax.tree.map(lambda x: x.codes if is_quantized(x) else x, tree, is_leaf=is_quantized)
+
+
 def _map_leaves(one: Callable[[Any, Any], Any], tree: Any, *, shares_state: bool) -> Any:
   """`one(path, leaf)` of every leaf, where a wrapper that stands in several places stays one.
 
@@ -479,8 +484,8 @@ def quantize(tree: Any, format: Format, *, key: jax.Array | None = None, where: 
     The tree, with a QuantizedArray for every leaf that was stored.
 
   Raises:
-    TypeError, ValueError: for a leaf that the format chosen for it cannot hold, naming its path; for a format or a
-      where that is none.
+    TypeError, ValueError: for a leaf that the format chosen for it cannot hold, naming its path; for what is no
+      Format, or no `where`.
 
   >>> import jax, jax.numpy as jnp, lpmm_optax as lpmm
   >>> params = {'kernel': jnp.ones((128, 64)), 'bias': jnp.zeros(64)}
@@ -529,7 +534,8 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
     with the one it was made of: statistics of BatchNorm and keys of Dropout advance in both.
 
   Raises:
-    TypeError: for a quantized leaf that arithmetic made of the tree has turned into floats, naming it.
+    TypeError: for a dtype that is not floating point; for a quantized leaf that arithmetic made of the tree has turned
+      into floats, naming it.
     ValueError: for one whose codes and scales a slice or a transposition has taken apart, naming it.
 
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
@@ -540,6 +546,8 @@ def dequantize(tree: Any, dtype: Any = None) -> Any:
   >>> lpmm.dequantize(lpmm.quantize(x, lpmm.INT8), jnp.bfloat16).dtype
   dtype(bfloat16)
   """
+  if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(f'dtype must be a floating-point dtype, got {dtype!r}')
 
   def one(path, leaf):
     if is_quantized(leaf):

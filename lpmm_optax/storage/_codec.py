@@ -167,10 +167,11 @@ class LinearCodec:
   def advance(self, old: Stored, value: jax.Array, bits: jax.Array | None, delta: jax.Array | None = None) -> Payload:
     """Rounds new values of what is stored already.
 
-    A block whose absmax still fits its stored scale (is at most its largest value and at least 7/8 of that, 2/3 in
-    `UINT4_SQRT`, or any less for the least scale) keeps that scale, and there the code is an integer base to which only
-    the change is added and rounded. No change then changes nothing, and one far below the precision of a float32 sum is
-    still rounded without bias. On the square-root grid, the change is that of the root.
+    A block whose absmax still fits its stored scale (is at most its largest value and at least 7/8 of that, 6/7 in
+    `INT4`, 2/3 in `UINT4_SQRT`, or any less for the least scale) keeps that scale, and there the code is an integer
+    base to which only the change is added and rounded. No change then changes nothing, and one far below the
+    precision of a float32 sum is still rounded without bias. On the square-root grid, the change is that of the
+    root.
 
     Args:
       old: the tile as it is stored.

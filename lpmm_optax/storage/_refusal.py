@@ -11,7 +11,7 @@ _BINARY = (
   'add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'divmod', 'pow', 'matmul', 'and', 'or', 'xor', 'lshift', 'rshift',
 )
 _WITHOUT_REFLECTION = (
-  'neg', 'pos', 'abs', 'invert', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int', 'complex',
+  'neg', 'pos', 'abs', 'invert', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'getitem', 'float', 'int', 'complex',
 )
 ATTRIBUTES = (
   'T', 'mT', 'at', 'astype', 'reshape', 'ravel', 'flatten', 'transpose', 'squeeze', 'real', 'imag', 'sum', 'mean',

@@ -21,7 +21,7 @@ _LONGEST_CELL = 32
 _SHORTEST_PART = 8
 
 # Of a TPU's vector.
-_LANES = 128
+LANES = 128
 _MOST_PRODUCTS = 4096
 
 
@@ -182,11 +182,11 @@ class Lanes(View):
       rows = jnp.broadcast_to(jnp.expand_dims(per_block, axis + 1), self._rows(axis, size))
       return rows.reshape(self.shape)
     # All lanes of a vector are taken from another in one operation.
-    to_lanes = [(0, 0, 0)] * self._last + [(0, _LANES - per_block.shape[axis], 0)]
+    to_lanes = [(0, 0, 0)] * self._last + [(0, LANES - per_block.shape[axis], 0)]
     per_block = lax.pad(per_block, jnp.zeros((), per_block.dtype), to_lanes)
     pieces = []
     for start, stop in self._pieces():
-      lane, (first, *others) = self._iota(_LANES), range(start // size, -(-stop // size))
+      lane, (first, *others) = self._iota(LANES), range(start // size, -(-stop // size))
       index = jnp.full(lane.shape, first)
       for block in others:
         index = index + (lane >= block * size - start).astype(jnp.int32)
@@ -233,7 +233,7 @@ class Lanes(View):
 
   def _pieces(self) -> list[tuple[int, int]]:
     """(start, stop) along the last axis of what a vector holds."""
-    return [(start, min(start + _LANES, self.shape[-1])) for start in range(0, self.shape[-1], _LANES)]
+    return [(start, min(start + LANES, self.shape[-1])) for start in range(0, self.shape[-1], LANES)]
 
   def _iota(self, count: int) -> jax.Array:
     """The number of each lane, int32, in the rows of a tile with so many."""

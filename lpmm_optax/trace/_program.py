@@ -33,12 +33,14 @@ from lpmm_optax.storage import _mesh
 # By name of a primitive that calls a function once: which of its parameters is that.
 CALLS = {
   'closed_call': 'call_jaxpr',
-  'core_call': 'call_jaxpr',
   'custom_jvp_call': 'call_jaxpr',
   'custom_vjp_call': 'call_jaxpr',
+  'eval_jaxpr': 'call_jaxpr',
   'jit': 'jaxpr',
   'remat2': 'jaxpr',
 }
+# Of these, those with derivatives of their own.
+CUSTOM_DERIVATIVES = frozenset({'custom_jvp_call', 'custom_vjp_call'})
 
 # What says along which axes of a mesh a value varies.
 _VARIES = frozenset({'pcast', 'pvary'})

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _update
@@ -114,7 +113,7 @@ def _accumulate(
 
   summed = microbatches.summed(structure, state, {})
   last = microbatches.is_last(opt_state)
-  state = state._replace(mini_step=jnp.where(last, state.mini_step, optax.safe_increment(state.mini_step)))
+  state = microbatches.counted(state, ~last)
   advance = functools.partial(_step.step, microbatches.tx, summed, **extra_args(value))
   params = structure.treedef.unflatten(leaves)
   return value, *microbatches.take_step(advance, params, last, state)

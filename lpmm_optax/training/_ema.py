@@ -24,7 +24,7 @@ class EmaState(NamedTuple):
 
   Attributes:
     average: a tree like the parameters, quantized where they are; `dequantize` it to evaluate the model.
-    rounding: step count and key.
+    rounding: of the average: its `step` counts updates, and its `key` never changes.
   """
 
   average: Any
@@ -41,6 +41,20 @@ class Ema(NamedTuple):
 
   init: Callable[[Any], EmaState]
   update: Callable[[Any, EmaState], EmaState]
+
+
+def _check_average(structure: _plan.Params, leaves: list[Any], average: Any) -> None:
+  """Raises a ValueError, naming the leaf, unless an average is of parameters like these."""
+  averaged, averages = _plan.flatten(average)
+  known = dict(zip(averaged.paths, averages, strict=True))
+  for path, leaf in zip(structure.paths, leaves, strict=True):
+    if path not in known:
+      raise ValueError(f'{path}: the average has no such parameter')
+    if known[path].shape != leaf.shape:
+      raise ValueError(f'{path}: the parameter has shape {leaf.shape}, its average {known[path].shape}')
+  missing = [path for path in known if path not in structure.paths]
+  if missing:
+    raise ValueError(f'{missing[0]}: it is in the average, and no parameter')
 
 
 def ema(
@@ -71,8 +85,9 @@ def ema(
     An `Ema`: init and update. Donate the state to a jitted update, for it to be in place.
 
   Raises:
-    TypeError: for a format that is none.
-    ValueError: for a format that stores no negative values; at `update`, for parameters of another structure.
+    TypeError: for what is no Format.
+    ValueError: for a format that stores no negative values; at `update`, for parameters of another structure or shape
+      than the average, naming the leaf.
 
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
   >>> params = lpmm.quantize({'w': jnp.zeros((64, 64))}, lpmm.INT8)
@@ -117,6 +132,7 @@ def ema(
 
   def update(params, state):
     structure, leaves = _plan.flatten(_array.unwrap(params))
+    _check_average(structure, leaves, state.average)
     gradients = structure.tree({i: _gradient.Gradient(leaves[i]) for i in structure.active})
     average, rounding = tx.step(gradients, state.average, state.rounding)
     # What is never updated (counts) is not averaged either.

@@ -61,9 +61,10 @@ class Layer:
     if not self.is_stacked:
       return self.tx.init(self.alone(leaf))
     if any(axis == 0 for axis, _ in _array.blocks_of(leaf)):
+      advice = f'quantize it with block_size={leaf.shape[-1]}, for blocks along the last axis'
       raise ValueError(
         f'{self.structure.paths[self.index]}: its blocks run along the first axis of {leaf.shape}, so its slices are '
-        f'no leaves of their own; quantize it with block_size={leaf.shape[-1]}, for blocks along the last axis'
+        f'no leaves of their own; {advice if len(leaf.shape) > 1 else "keep it dense, by where, or out of stacked"}'
       )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
       return jax.eval_shape(self._init_slices, leaf)

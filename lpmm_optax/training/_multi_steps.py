@@ -42,7 +42,7 @@ INTO_MOMENTUM = Into.MOMENTUM
 
 
 class MultiStepsState(NamedTuple):
-  """State of `MultiSteps`: the fields of `optax.MultiStepsState`, and a key.
+  """State of `MultiSteps`: the fields of `optax.MultiStepsState`, and two of its own.
 
   Attributes:
     mini_step: microbatches accumulated since the last optimizer step, int32[].
@@ -51,6 +51,7 @@ class MultiStepsState(NamedTuple):
     acc_grads: the accumulator, a tree like the parameters of QuantizedArrays or dense arrays; () with `INTO_MOMENTUM`.
     skip_state: what the skip function returned last, () without one.
     key: raw key data that the accumulator's rounding derives from, uint32[2]; it never changes.
+    microbatches: of the step in progress, int32[], for what is accumulated is divided by it; 0 before the first.
   """
 
   mini_step: jax.Array
@@ -59,6 +60,7 @@ class MultiStepsState(NamedTuple):
   acc_grads: Any
   skip_state: Any
   key: jax.Array
+  microbatches: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,15 +86,15 @@ class Microbatches:
     acc_grads: Any = ()
     if self.momentum is None:
       acc_grads = structure.tree({i: self._new_target(structure, i, leaves[i]) for i in structure.active})
-    step = jnp.zeros((), jnp.int32)
+    # One each, since a step that donates the state deletes it.
+    mini_step, step, microbatches = (jnp.zeros((), jnp.int32) for _ in range(3))
     skip_state: Any = ()
     if self.should_skip is not None:
       # What it says of gradients of zero is of no interest, and they would take memory.
       shapes = jax.eval_shape(self.should_skip, structure.tree(structure.templates), step, params)[1]
       skip_state = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    # A copy, since a step that donates the state deletes it.
     key = jnp.array(self.raw_key)
-    return MultiStepsState(step, jnp.zeros((), jnp.int32), self.tx.init(params), acc_grads, skip_state, key)
+    return MultiStepsState(mini_step, step, self.tx.init(params), acc_grads, skip_state, key, microbatches)
 
   def _new_target(self, structure: _plan.Params, i: int, leaf: Any) -> Any:
     format = _array.pick_format(structure.paths[i], leaf, self.accumulator, None, _format.STATE_BLOCK_SIZE)
@@ -140,8 +142,15 @@ class Microbatches:
     return state._replace(inner_opt_state=treedef.unflatten(arrays))
 
   def count(self, state: MultiStepsState) -> jax.Array:
-    """Microbatches in this step, int32[]."""
-    return jnp.asarray(self.every_k(state.gradient_step)).astype(jnp.int32)
+    """Microbatches in this step, int32[]: as many as when it began, though a run may go on with another number."""
+    wanted = jnp.asarray(self.every_k(state.gradient_step)).astype(jnp.int32)
+    has_begun = (state.mini_step > 0) & (state.microbatches > 0)
+    return jnp.where(has_begun, state.microbatches, wanted)
+
+  def counted(self, state: MultiStepsState, when: jax.Array) -> MultiStepsState:
+    """The state with one more microbatch where `when`, bool[]."""
+    mini_step = jnp.where(when, optax.safe_increment(state.mini_step), state.mini_step)
+    return state._replace(mini_step=mini_step, microbatches=self.count(state))
 
   def gradient(self, state: MultiStepsState, target: Any, recent: Any) -> _gradient.Gradient:
     """A target and one more microbatch's gradient, to be summed."""
@@ -220,7 +229,7 @@ class Microbatches:
 
   def is_last(self, state: MultiStepsState) -> jax.Array:
     """Whether the next microbatch completes a step, bool[]."""
-    return state.mini_step >= self.count(state) - 1  # A schedule may have fewer of them from now on.
+    return state.mini_step >= self.count(state) - 1
 
   def update(self, updates: Any, state: MultiStepsState, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
     """Deltas, all zero until the last microbatch of a step, and the state."""
@@ -233,8 +242,7 @@ class Microbatches:
       return _array.unseal(deltas), inner_state
 
     gradients, last, state = self._accumulated(updates, params, state)
-    deltas = jax.eval_shape(advance, gradients, state.inner_opt_state)[0]
-    no_change = jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=s.dtype), params, deltas)
+    no_change = _step.no_change(params, advance, gradients, state.inner_opt_state)
     return self.take_step(lambda _, inner_state: advance(gradients, inner_state), no_change, last, state)
 
   def step(self, gradients: Any, params: Any, state: MultiStepsState, **extra_args: Any) -> tuple[Any, Any]:
@@ -251,7 +259,8 @@ class Microbatches:
     recent: dict[int, Any] = {i: gradient.recent for i, gradient in _gradient.flatten(structure, gradients).items()}
     last, more = self.is_last(state), ~self.is_last(state)
     if self.should_skip is not None:
-      skip, skip_state = self.should_skip(gradients, state.gradient_step, params)
+      # As at `init`, without the leaves that are never updated, whose gradients are of no dtype that has numbers.
+      skip, skip_state = self.should_skip(structure.tree(recent), state.gradient_step, params)
       if (skip.dtype, skip.shape) != (jnp.bool_, ()):
         raise ValueError(f'should_skip_update_fn must return a boolean scalar, got {skip.dtype}{list(skip.shape)}')
       last, more = last & ~skip, more & ~skip
@@ -263,8 +272,7 @@ class Microbatches:
     targets = _step.where(more, accumulate, self.targets(structure, state))
     state = self.with_targets(structure, state, targets)
     gradients = self.summed(structure, state, recent)
-    state = state._replace(mini_step=jnp.where(more, optax.safe_increment(state.mini_step), state.mini_step))
-    return gradients, last, state
+    return gradients, last, self.counted(state, more)
 
 
 class MultiSteps(_transformation.InPlaceTransformation):
@@ -349,7 +357,7 @@ class MultiSteps(_transformation.InPlaceTransformation):
         raise ValueError(f'{accumulator} stores nonnegative values only, and gradients have signs')
       accumulator = accumulator.with_block_size(_format.STATE_BLOCK_SIZE)
     elif accumulator is INTO_MOMENTUM:
-      optimizer = _transformation.optimizer_of(tx)
+      optimizer = _transformation.whole_optimizer_of(tx)
       momentum = None if optimizer is None else optimizer.into_momentum
       if momentum is None:
         raise ValueError(

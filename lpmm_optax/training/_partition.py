@@ -60,8 +60,7 @@ def _labels(param_labels: Any, known: set, params: Any) -> Any:
     labels = param_labels(jax.tree.map(dense, _array.unwrap(params), is_leaf=_array.is_quantized))
   else:
     labels = param_labels
-  # A map over quantized parameters that knows nothing of them has given their codes and scales a label each.
-  labels = jax.tree.map(lambda x: x.codes if _array.is_quantized(x) else x, labels, is_leaf=_array.is_quantized)
+  labels = _array.of_codes(labels)
   for path, label in jax.tree_util.tree_flatten_with_path(labels)[0]:
     if label not in known:
       raise ValueError(
@@ -162,7 +161,7 @@ def masked(
     mask: True for what it updates: a tree of booleans, or a function that makes one, as the labels of `partition`.
 
   Returns:
-    `partition` of the two groups, with the labels 'updated' and 'kept'.
+    `partition` of the two groups, with the labels 'updated' and 'kept', which raises what that does.
 
   >>> import jax.numpy as jnp, lpmm_optax as lpmm
   >>> params = lpmm.quantize({'body': jnp.ones((64, 64)), 'head': jnp.ones((64, 64))}, lpmm.INT8)

@@ -83,7 +83,7 @@ def _walk(jaxpr: Any, arrays: Sequence[_Array | None], found: dict[str, list[boo
     if _program.CALLS.get(name) and _is_read(eqn):
       found.setdefault(first.path, []).append(first.is_whole)
       results: list[_Array | None] = [None] * len(eqn.outvars)
-    elif name in ('closed_call', 'core_call', 'jit', 'remat2'):
+    elif name in _program.CALLS.keys() - _program.CUSTOM_DERIVATIVES:
       results = _through_call(eqn, given, found)
     elif name == 'scan':
       results = _through_scan(eqn, given, found)

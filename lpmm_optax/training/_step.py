@@ -10,9 +10,11 @@ import optax
 
 from lpmm_optax.kernel import _gradient
 from lpmm_optax.kernel import _tiles
+from lpmm_optax.optimizers import _first_state
 from lpmm_optax.optimizers import _transformation
 from lpmm_optax.storage import _array
 from lpmm_optax.storage import _mesh
+from lpmm_optax.trace import _plan
 
 
 def step(
@@ -25,7 +27,8 @@ def step(
 
   Args:
     tx: an optimizer of this package, a `chain` that ends in one, or any Optax transformation.
-    grads: dense gradients, a tree like params.
+    grads: dense gradients, a tree like params, of its shapes and floating-point dtypes; those of leaves that are never
+      updated (integers, 0-size) are ignored.
     params: the parameters, quantized or not.
     opt_state: the state. Keep the order (params, opt_state) in the arguments and results of a jitted step that donates
       them: XLA reuses donated buffers in order, and parameter and momentum codes have the same shapes.
@@ -76,25 +79,37 @@ def chain(*txs: optax.GradientTransformation) -> _transformation.InPlaceTransfor
     raise TypeError('the last transformation of lpmm.chain must be an lpmm_optax optimizer')
   if any(isinstance(tx, _transformation.InPlaceTransformation) for tx in txs[:-1]):
     raise ValueError('an lpmm_optax optimizer must come last in lpmm.chain: nothing may transform its integer deltas')
-  optimizer = _transformation.optimizer_of(txs[-1])
+  optimizer = _transformation.whole_optimizer_of(txs[-1])
   if optimizer is not None:
     return optimizer.preceded_by(txs[:-1])
-  chained = optax.chain(*txs)
-  preceding = [optax.with_extra_args_support(tx) for tx in txs[:-1]]
+  wrapper = txs[-1]
+  preceding = optax.with_extra_args_support(optax.chain(*txs[:-1]) if txs[1:] else optax.identity())
 
-  def chained_step(gradients, params, state, **extra_args):
-    if len(state) != len(txs):
-      raise ValueError(f'a chain of {len(txs)} transformations got a state of {len(state)}')
-    gradients = _gradient.dense(gradients, params)
-    new_states = []
-    for tx, tx_state in zip(preceding, state[:-1], strict=True):
-      gradients, tx_state = tx.update(gradients, tx_state, params, **extra_args)
-      new_states.append(tx_state)
-    params, last_state = txs[-1].step(gradients, params, state[-1], **extra_args)
-    return params, (*new_states, last_state)
+  def init(params):
+    structure, leaves = _plan.flatten(_array.unwrap(params))
+    return (*_first_state.make(None, preceding, structure, leaves), wrapper.init(params))
 
-  update, explain = optax.with_extra_args_support(chained).update, _transformation.explain(txs[-1])
-  return _transformation.InPlaceTransformation('chain', chained.init, update, chained_step, explain=explain)
+  def transformed(gradients, params, state, extra_args):
+    """What the gradients of the leaves that are updated become, and the states of what precedes."""
+    _transformation.check_chain(state, len(txs))
+    structure, leaves = _plan.flatten(params)
+    given = _gradient.flatten(structure, _gradient.dense(gradients, params))
+    recent = structure.tree({i: gradient.recent for i, gradient in given.items()})
+    dense = structure.tree({i: _array.dequantize(leaves[i]) for i in structure.active})
+    return preceding.update(recent, tuple(state[:-1]), dense, **extra_args)
+
+  def update(gradients, state, params=None, **extra_args):
+    gradients, before = transformed(gradients, params, state, extra_args)
+    deltas, last = wrapper.update(gradients, state[-1], params, **extra_args)
+    return _array.unseal(deltas), (*before, last)
+
+  def in_place(gradients, params, state, **extra_args):
+    gradients, before = transformed(gradients, params, state, extra_args)
+    params, last = wrapper.step(gradients, params, state[-1], **extra_args)
+    return params, (*before, last)
+
+  explain = _transformation.explain(wrapper)
+  return _transformation.InPlaceTransformation('chain', init, update, in_place, explain=explain)
 
 
 def where(when: jax.Array, fn: Callable[[Any], Any], x: Any) -> Any:
@@ -106,6 +121,12 @@ def where(when: jax.Array, fn: Callable[[Any], Any], x: Any) -> Any:
   if not any(map(_array.is_quantized, jax.tree.leaves(x, is_leaf=_array.is_quantized))):
     return lax.cond(when, fn, lambda x: x, x)
   return _tiles.loop(when.astype(jnp.int32), lambda _, x: fn(x), _mesh.vary_as_results(fn, x))
+
+
+def no_change(params: Any, update: Callable[..., tuple[Any, Any]], *args: Any) -> Any:
+  """Deltas of zero, as those that `update(*args)` gives with a state."""
+  deltas, _ = jax.eval_shape(update, *args)
+  return jax.tree.map(lambda p, s: jnp.zeros_like(p, dtype=s.dtype), params, deltas)
 
 
 def _all_finite(x: jax.Array) -> jax.Array:
@@ -143,7 +164,8 @@ def apply_if_finite(
 
   def guard(gradients, params, state, advance, start):
     arrays = jax.tree.leaves(_gradient.dense(gradients, params))
-    finite = jnp.all(jnp.array([_all_finite(g) for g in arrays], bool))
+    each = [_all_finite(g) for g in arrays if jnp.issubdtype(g.dtype, jnp.floating)]
+    finite = jnp.all(jnp.array(each, bool))
     consecutive = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
     accepted = finite | (consecutive > max_consecutive_errors)
     new, inner_state = where(accepted, lambda old: advance(*old), (start, state.inner_state))
@@ -155,7 +177,7 @@ def apply_if_finite(
       deltas, inner_state = inner.update(gradients, inner_state, params, **extra_args)
       return _array.unseal(deltas), inner_state
 
-    return guard(gradients, params, state, advance, jax.tree.map(jnp.zeros_like, params))
+    return guard(gradients, params, state, advance, no_change(params, advance, None, state.inner_state))
 
   def in_place(gradients, params, state, **extra_args):
     advance = lambda params, inner_state: inner.step(gradients, params, inner_state, **extra_args)

@@ -169,7 +169,7 @@ class Sink:
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrackedArray(_array.QuantizedArray):
   """A parameter, or a slice of one, whose gradient goes into a `Sink`.
 

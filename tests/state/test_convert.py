@@ -224,3 +224,20 @@ def test_an_accumulation_is_not_lost(accumulator, other):
     assert int(converted.gradient_step) == 2
     assert jax.tree.structure(converted) == jax.tree.structure(like)
     assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(lpmm.dequantize(converted.acc_grads)))
+
+
+def test_a_parameter_may_be_called_count():
+  dense = {'count': jnp.ones((64, 64)), 'w': jnp.ones(8)}
+  source = optax.adamw(1e-3).init(dense)
+  tx = lpmm.adamw(1e-3)
+  params = lpmm.quantize(dense, lpmm.INT8)
+  state = lpmm.convert(source, tx.init(params))
+  assert (state.step.shape, state.step.dtype) == ((), jnp.int32)
+  lpmm.step(tx, dense, params, state)
+
+
+def test_what_is_converted_shares_no_key_with_its_template():
+  tx, params = lpmm.MultiSteps(lpmm.adamw(1e-3), 2), lpmm.quantize(DENSE, lpmm.INT8)
+  like = tx.init(params)
+  first, second = (lpmm.convert(optax.MultiSteps(optax.adamw(1e-3), 2).init(DENSE), like) for _ in range(2))
+  assert_same_bits(jax.jit(lambda state: state, donate_argnums=0)(first), second)

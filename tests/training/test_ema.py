@@ -54,8 +54,13 @@ def test_what_is_not_averaged_is_the_latest_and_bad_input_is_named():
   average = lpmm.ema(0.9)
   state = average.update(params | {'count': jnp.int32(2)}, average.init(params))
   assert int(state.average['count']) == 2
-  with pytest.raises(ValueError, match='w is missing'):
+  with pytest.raises(ValueError, match='w: it is in the average, and no parameter'):
     average.update({'count': jnp.int32(1)}, state)
+  with pytest.raises(ValueError, match='v: the average has no such parameter'):
+    average.update(params | {'v': W}, state)
+  for turned in (W.T, lpmm.quantize(W.T, lpmm.INT8)):
+    with pytest.raises(ValueError, match=r'w: the parameter has shape \(128, 64\), its average \(64, 128\)'):
+      average.update(params | {'w': turned}, state)
   with pytest.raises(TypeError, match='format must be a Format'):
     lpmm.ema(0.9, 16)
   with pytest.raises(ValueError, match='nonnegative'):

@@ -180,3 +180,10 @@ def test_it_takes_an_optimizer_of_ours_without_extra_arguments():
       lpmm.value_and_step(scanned, tx)
   with pytest.raises(ValueError, match='gets no extra arguments'):
     lpmm.value_and_step(scanned, lpmm.sgdm(0.1), extra_args=lambda value: {'value': value})
+
+
+def test_a_stack_whose_blocks_cross_its_slices_is_named_with_what_to_do():
+  tx = lpmm.layerwise(lpmm.low_precision(optax.adafactor(0.01)), stacked='w')
+  for shape, advice in (((128, 16), 'quantize it with block_size=16'), ((2**17,), 'keep it dense, by where')):
+    with pytest.raises(ValueError, match=f'^w: its blocks run along the first axis.*{advice}'):
+      tx.init(lpmm.quantize({'w': jnp.ones(shape)}, lpmm.INT8, where=[('w', lpmm.INT8)]))

@@ -215,6 +215,11 @@ def test_an_optimizer_with_a_field_replaced_keeps_the_step_that_is_still_its_own
   assert_same_bits(
     lpmm.step(other_init, DENSE, PARAMS, other_init.init(PARAMS)), lpmm.step(TX, DENSE, PARAMS, TX.init(PARAMS))
   )
+  # What is made of it does not lose the other `init`.
+  marked = TX._replace(init=lambda params: TX.init(params)._replace(step=jnp.int32(5)))
+  assert int(optax.tree.get(lpmm.chain(optax.clip(1.0), marked).init(PARAMS), 'step')) == 5
+  with pytest.raises(ValueError, match='nothing around it'):
+    lpmm.MultiSteps(lpmm.sgdm(0.1)._replace(init=lpmm.sgdm(0.1).init), 2, accumulator=lpmm.INTO_MOMENTUM)
   kept = TX._replace(update=lambda updates, state, params=None, **extra: (jax.tree.map(jnp.zeros_like, params), state))
   params, _ = lpmm.step(kept, DENSE, PARAMS, kept.init(PARAMS))
   assert_same_bits(params, PARAMS)

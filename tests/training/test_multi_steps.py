@@ -92,14 +92,6 @@ def test_has_updated_is_true_after_the_last_microbatch_only():
   assert [bool(tx.has_updated(s)) for _, s in train(tx, runs.tree(), gradients(6))] == [False, False, True] * 2
 
 
-def test_a_step_follows_when_there_are_more_microbatches_than_it_takes_by_now():
-  params = runs.tree()
-  state = lpmm.MultiSteps(lpmm.sgdm(0.1), 8).init(params)
-  _, state = lpmm.step(lpmm.MultiSteps(lpmm.sgdm(0.1), 8), params, params, state._replace(mini_step=jnp.int32(5)))
-  _, state = lpmm.step(lpmm.MultiSteps(lpmm.sgdm(0.1), 4), params, params, state)
-  assert (int(state.mini_step), int(state.gradient_step)) == (0, 1)
-
-
 def test_gradient_transformation_goes_into_a_train_state():
   tx = lpmm.MultiSteps(lpmm.sgdm(0.1), 2).gradient_transformation()
   params = lpmm.quantize(runs.tree(), lpmm.INT8)
@@ -485,3 +477,57 @@ def test_stock_optimizers_take_half_precision(dtype, accumulator):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
       assert x.dtype == y.dtype == dtype
       np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-2)
+
+
+@pytest.mark.parametrize('accumulator', [lpmm.INT8, *slow(lpmm.INTO_MOMENTUM, None)], ids=str)
+def test_a_step_goes_on_with_the_number_of_microbatches_it_began_with(accumulator):
+  params, grads = lpmm.quantize(runs.tree(), lpmm.INT8), gradients(10)
+  before, after = (lpmm.MultiSteps(lpmm.sgdm(0.1), k, accumulator=accumulator) for k in (4, 2))
+  expected = train(before, params, grads[:4], use_step=True)
+  params, state = expected[2]
+  if accumulator is not lpmm.INTO_MOMENTUM:
+    means = before.mean_gradients(state), after.mean_gradients(state)
+    jax.tree.map(np.testing.assert_array_equal, *means)
+  # A run that stopped within a step, and goes on with half as many microbatches, in that step not yet.
+  resumed = train(after, params, grads[3:10], use_step=True, state=state)
+  assert_same_bits(resumed[0], expected[3])
+  assert [int(state.mini_step) for _, state in resumed] == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_what_skips_sees_no_gradient_of_what_is_never_updated():
+  params = {'w': jnp.ones((8, 8)), 'n': jnp.int32(3)}
+  grads = {'w': jnp.ones((8, 8)), 'n': np.zeros((), jax.dtypes.float0)}
+  for tx in (
+    lpmm.MultiSteps(lpmm.sgdm(0.1), 1, should_skip_update_fn=optax.skip_not_finite),
+    lpmm.apply_if_finite(lpmm.sgdm(0.1), 3),
+  ):
+    new, _ = lpmm.step(tx, grads, params, tx.init(params))
+    assert int(new['n']) == 3
+    np.testing.assert_allclose(new['w'], 0.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize('every_k', [1, 2])
+def test_a_skipped_update_has_deltas_of_the_dtype_of_others(every_k):
+  params = {'w': jnp.ones((8, 8), jnp.bfloat16)}
+  tx = lpmm.apply_if_finite(lpmm.MultiSteps(optax.sgd(0.5), every_k), 3)
+  new, state = train(tx, params, [{'w': jnp.ones((8, 8))}])[0]
+  assert (new['w'].dtype, int(state.total_notfinite)) == (jnp.bfloat16, 0)
+
+
+@pytest.mark.slow
+def test_a_second_norm_decodes_no_accumulator_as_a_whole():
+  norm = optax.snapshot('norm', optax.tree.norm)
+  tx = lpmm.MultiSteps(lpmm.chain(optax.clip_by_global_norm(1.0), norm, lpmm.sgdm(0.1)), K)
+  params = jax.eval_shape(lambda p: lpmm.quantize(p, lpmm.INT8), BIG)
+  state = jax.eval_shape(tx.init, params)
+  step = jax.jit(lambda params, state, grads: lpmm.step(tx, grads, params, state), donate_argnums=(0, 1))
+  memory = step.lower(params, state, BIG).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < sum(leaf.size for leaf in jax.tree.leaves(BIG)) / 4
+
+
+def test_a_second_norm_is_of_what_the_first_has_clipped():
+  norm = optax.snapshot('norm', optax.tree.norm)
+  tx = lpmm.MultiSteps(lpmm.chain(optax.clip_by_global_norm(0.5), norm, lpmm.sgdm(0.1)), 2)
+  params = lpmm.quantize(runs.tree(), lpmm.INT8)
+  _, state = train(tx, params, gradients(2), use_step=True)[-1]
+  np.testing.assert_allclose(optax.tree.get(state, 'norm'), 0.5, rtol=1e-3)

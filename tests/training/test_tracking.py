@@ -92,6 +92,14 @@ def test_anything_but_dequantizing_is_refused_by_name(name, tx):
   assert 'dequantize' in message
 
 
+@pytest.mark.parametrize('compared', [lambda w: w == 0, lambda w: w != 0])
+def test_a_comparison_of_a_parameter_is_refused(compared):
+  params, tx = lpmm.quantize(make_params(), lpmm.INT8), TXS['alone']
+  loss = lambda params, x: model(params, x) * compared(params['encoder']['w'])
+  with pytest.raises(TypeError, match=r'is none: call lpmm_optax\.dequantize'):
+    jax.eval_shape(lpmm.value_and_step(loss, tx), params, tx.init(params), X)
+
+
 def test_parameters_may_not_be_returned():
   params, tx = lpmm.quantize(make_params(), lpmm.INT8), TXS['alone']
   step = lpmm.value_and_step(lambda params, x: (model(params, x), params), tx, has_aux=True)

@@ -317,6 +317,38 @@ def test_before_ours_in_our_chain_it_works(name):
   assert_close(found, jax.jit(lambda: run(optax.chain(make_transformation(name), optax.adamw(0.01)), DENSE))())
 
 
+WRAPPERS = {
+  'MultiSteps': lambda tx: lpmm.MultiSteps(tx, 1),
+  'apply_if_finite': lambda tx: lpmm.apply_if_finite(tx, 1),
+  'partition': lambda tx: lpmm.partition({'all': tx}, lambda params: jax.tree.map(lambda _: 'all', params)),
+  'layerwise': lpmm.layerwise,
+}
+
+
+@pytest.mark.parametrize('name', PRECEDING)
+@pytest.mark.parametrize('wrapper', ['MultiSteps', *slow('apply_if_finite', 'partition', 'layerwise')])
+def test_before_a_wrapper_in_our_chain_it_works_too(name, wrapper):
+  tx = lpmm.chain(make_transformation(name), WRAPPERS[wrapper](lpmm.adamw(0.01, formats=None)))
+  # An integer, whose gradient has no numbers, is updated by nobody.
+  params = PARAMS | {'count': jnp.int32(3)}
+  state, after = tx.init(params), []
+  assert_same_shapes(state, lpmm.chain(make_transformation(name), lpmm.adamw(0.01, formats=None)).init(params)[:1])
+  for grads in GRADS:
+    grads = grads | {'count': np.zeros((), jax.dtypes.float0)}
+    params, state = jax.jit(lambda p, s, grads=grads: lpmm.step(tx, grads, p, s))(params, state)
+    after.append(params)
+  assert after[-1].pop('count') == 3
+  expected = jax.jit(lambda: run(optax.chain(make_transformation(name), optax.adamw(0.01)), DENSE))()
+  assert_close(after[-1], expected)
+
+
+def assert_same_shapes(states, expected):
+  """Of what precedes: as dense parameters have it, not their codes."""
+  same = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
+  assert jax.tree.all(jax.tree.map(same, states[: len(expected)], expected))
+  jax.tree.map(np.testing.assert_array_equal, states[: len(expected)], expected)
+
+
 @pytest.mark.parametrize('name', ['adam', 'sgd', *slow(*(name for name in OPTIMIZERS if name not in ('adam', 'sgd')))])
 def test_an_optimizer_of_optax_refuses_quantized_parameters(name):
   make, gradients = of_optax(name), gradients_for(name)
@@ -349,6 +381,9 @@ def test_deltas_are_added_to_the_parameters_they_are_of_alone():
   updates, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
   with pytest.raises(TypeError, match='to the arrays that `update` was given alone'):
     optax.apply_updates(jax.tree.map(jnp.copy, PARAMS), updates)
+  for compared in (lambda u: u == 0, lambda u: u != 0):
+    with pytest.raises(TypeError, match=r'and Delta.* is none'):
+      jax.tree.map(compared, updates)
   with pytest.raises(TypeError, match=r'use|lpmm_optax\.step'):
     jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS)
   # In any order, of arrays of NumPy too, and where the updates' tree comes first.
