@@ -150,7 +150,8 @@ class Microbatches:
   def counted(self, state: MultiStepsState, when: jax.Array) -> MultiStepsState:
     """The state with one more microbatch where `when`, bool[]."""
     mini_step = jnp.where(when, optax.safe_increment(state.mini_step), state.mini_step)
-    return state._replace(mini_step=mini_step, microbatches=self.count(state))
+    microbatches = jnp.where(when, self.count(state), state.microbatches)
+    return state._replace(mini_step=mini_step, microbatches=microbatches)
 
   def gradient(self, state: MultiStepsState, target: Any, recent: Any) -> _gradient.Gradient:
     """A target and one more microbatch's gradient, to be summed."""
